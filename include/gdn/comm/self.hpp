@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// @file  One rank alone: the communicator of a layer without context parallelism.
+
+#include <cstring>
+#include <span>
+
+#include <gdn/concepts/communicator.hpp>
+#include <gdn/core/error.hpp>
+
+namespace gdn {
+inline namespace v0 {
+
+/// A group of one, over host memory. Its only messages are to itself.
+class self_communicator {
+ public:
+  using memory_type = host_memory;
+  using stream_type = host_stream;
+
+  int rank() const noexcept { return 0; }
+  int size() const noexcept { return 1; }
+  comm_state state() const noexcept { return state_; }
+  void exchange(std::span<const send_op> sends, std::span<const recv_op> recvs, host_stream) {
+    expects<comm_error>(state_ == comm_state::ok, "this communicator was aborted");
+    expects<comm_error>(sends.size() == recvs.size(), "rank 0 sends itself", sends.size(), "messages but receives",
+                        recvs.size());
+    for (std::size_t i = 0; i < sends.size(); ++i) {
+      expects<comm_error>(sends[i].peer == 0 && recvs[i].peer == 0, "a group of one has no rank",
+                          sends[i].peer != 0 ? sends[i].peer : recvs[i].peer);
+      expects<comm_error>(sends[i].bytes == recvs[i].bytes, "rank 0 sends itself", sends[i].bytes,
+                          "bytes but receives", recvs[i].bytes);
+      std::memcpy(recvs[i].data, sends[i].data, sends[i].bytes);
+    }
+  }
+  void abort() noexcept { state_ = comm_state::aborted; }
+
+ private:
+  comm_state state_ = comm_state::ok;
+};
+static_assert(communicator<self_communicator>);
+
+}  // namespace v0
+}  // namespace gdn
