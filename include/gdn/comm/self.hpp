@@ -2,6 +2,7 @@
 #pragma once
 /// @file  One rank alone: the communicator of a layer without context parallelism.
 
+#include <atomic>
 #include <cstring>
 #include <span>
 
@@ -21,7 +22,23 @@ class self_communicator {
   int size() const noexcept { return 1; }
   comm_state state() const noexcept { return state_; }
   void exchange(std::span<const send_op> sends, std::span<const recv_op> recvs, host_stream) {
-    expects<comm_error>(state_ == comm_state::ok, "this communicator was aborted");
+    expects<comm_error>(state() == comm_state::ok, "rank 0 cannot exchange: its communicator has",
+                        state() == comm_state::aborted ? "been aborted" : "failed");
+    try {
+      copy(sends, recvs);
+    } catch (...) {
+      end(comm_state::failed);
+      throw;
+    }
+  }
+  void abort() noexcept { end(comm_state::aborted); }
+
+ private:
+  void end(comm_state how) noexcept {
+    comm_state ok = comm_state::ok;
+    state_.compare_exchange_strong(ok, how);
+  }
+  static void copy(std::span<const send_op> sends, std::span<const recv_op> recvs) {
     expects<comm_error>(sends.size() == recvs.size(), "rank 0 sends itself", sends.size(), "messages but receives",
                         recvs.size());
     for (std::size_t i = 0; i < sends.size(); ++i) {
@@ -32,10 +49,8 @@ class self_communicator {
       std::memcpy(recvs[i].data, sends[i].data, sends[i].bytes);
     }
   }
-  void abort() noexcept { state_ = comm_state::aborted; }
 
- private:
-  comm_state state_ = comm_state::ok;
+  std::atomic<comm_state> state_ = comm_state::ok;  // abort() may come from another thread
 };
 static_assert(communicator<self_communicator>);
 

@@ -3,6 +3,7 @@
 /// @file  P ranks as threads of one process: context parallelism on the CPU, and the communicator of most tests.
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -52,13 +53,22 @@ class thread_communicator {
   ~thread_communicator() { leave(comm_state::aborted); }
 
   int rank() const noexcept { return rank_; }
-  int size() const noexcept { return static_cast<int>(shared_->ranks.size()); }
+  int size() const noexcept { return shared_ ? static_cast<int>(shared_->ranks.size()) : 0; }
   comm_state state() const noexcept {
+    if (!shared_) return comm_state::aborted;  // moved from
     const std::lock_guard lock(shared_->mutex);
     return me().state;
   }
 
+  /// The rank of the group whose exchange was the first to fail, or -1: what others throw is a consequence of that.
+  int first_failed() const noexcept {
+    if (!shared_) return -1;
+    const std::lock_guard lock(shared_->mutex);
+    return shared_->first_failed;
+  }
+
   void exchange(std::span<const send_op> sends, std::span<const recv_op> recvs, host_stream) {
+    expects<comm_error>(shared_ != nullptr, "rank", rank_, "cannot exchange: its communicator was moved from");
     std::unique_lock lock(shared_->mutex);
     ++me().operations;
     expects<comm_error>(me().state == comm_state::ok, "rank", rank_, "cannot exchange: its communicator has",
@@ -77,6 +87,7 @@ class thread_communicator {
       }
     } catch (...) {
       if (me().state == comm_state::ok) me().state = comm_state::failed;
+      if (shared_->first_failed < 0) shared_->first_failed = rank_;
       withdraw(posted, lock);
       wake_all();
       throw;
@@ -106,6 +117,7 @@ class thread_communicator {
     std::vector<end> ranks;
     std::vector<std::deque<message*>> channels;  // [from][to]
     duration deadline;
+    int first_failed = -1;
   };
 
   thread_communicator(std::shared_ptr<group> shared, int rank) : shared_(std::move(shared)), rank_(rank) {}
@@ -124,7 +136,9 @@ class thread_communicator {
 
   template <class Done>
   void await(std::unique_lock<std::mutex>& lock, int peer, const char* what, Done done) {
-    const auto over = [&] { return done() || me().state != comm_state::ok || at(peer).state != comm_state::ok; };
+    const auto over = [&] {
+      return done() || peer == rank_ || me().state != comm_state::ok || at(peer).state != comm_state::ok;
+    };
     bool in_time = true;
     if (shared_->deadline == duration::zero()) {
       me().wake.wait(lock, over);
@@ -133,6 +147,7 @@ class thread_communicator {
     }
     if (done()) return;
     const std::size_t n = me().operations;
+    expects<comm_error>(peer != rank_, "rank", rank_, "waits in exchange", n, "for ever until it itself", what);
     expects<comm_error>(me().state == comm_state::ok, "rank", rank_, "was aborted in exchange", n,
                         "while it waited until rank", peer, what);
     expects<comm_error>(in_time, "rank", rank_, "waited", shared_->deadline.count(), "ms in exchange", n,
@@ -177,26 +192,30 @@ class thread_communicator {
 };
 static_assert(communicator<thread_communicator>);
 
-/// Runs f(communicator&) on `ranks` threads and waits for all. If some throw, the first error that is not merely the
-/// consequence of another rank's (a comm_error) is thrown again.
+/// Runs f(communicator&) on `ranks` threads and waits for all. If some throw, one error is thrown again: the first that
+/// is not a comm_error, else that of the first exchange that failed; those of others are its consequences.
 template <class F>
 void run_on_threads(int ranks, F&& f, thread_communicator::duration deadline = thread_communicator::duration::zero()) {
-  std::vector<std::exception_ptr> errors(static_cast<std::size_t>(ranks));
+  std::vector<std::exception_ptr> errors;
+  std::atomic<int> first_failed = -1;
   {
-    std::vector<thread_communicator> group = thread_communicator::make_group(ranks, deadline);
     std::vector<std::jthread> threads;
+    // Behind the threads, so gone before they are joined, should one of them not start.
+    std::vector<thread_communicator> group = thread_communicator::make_group(ranks, deadline);
+    errors.resize(group.size());
     for (std::size_t r = 0; r < errors.size(); ++r) {
-      threads.emplace_back([&f, comm = std::move(group[r]), &error = errors[r]]() mutable {
+      threads.emplace_back([&f, &first_failed, comm = std::move(group[r]), &error = errors[r]]() mutable {
         thread_communicator mine = std::move(comm);  // leaves the group when this rank is done
         try {
           f(mine);
         } catch (...) {
           error = std::current_exception();
+          if (const int rank = mine.first_failed(); rank >= 0) first_failed = rank;
         }
       });
     }
   }
-  std::exception_ptr consequence;
+  std::exception_ptr consequence = first_failed >= 0 ? errors[static_cast<std::size_t>(first_failed)] : nullptr;
   for (const std::exception_ptr& e : errors) {
     if (!e) continue;
     try {

@@ -64,13 +64,14 @@ using const_summaries_ref = tensor_ref<const accumulate_t<T>, 1, Memory>;
 ///    (the inverses of the chunks' unit triangular matrices), once per forward. 0 if the backend keeps nothing.
 /// 2. `delta_rule_scratch(problem)`: bytes that each of the calls may take from `ws`; free again on return.
 /// 3. `delta_rule_summarise(problem, in, prepared, table, h0, summaries, ws, s)`: E, and M where it is wanted, of
-///    every published segment. E starts from the segment's h0, so the first of a chain publishes a state and its M is
-///    never read.
+///    every published segment. E starts from the state `start` of h0, or from zero: so the first of a chain publishes
+///    a state and its M is never read.
 /// 4. `compose(heads, K, V, items, summaries, s)` and `fold(heads, K, V, items, links, summaries, states, s)`: the
 ///    algebra between ranks, in accumulate_t at full precision, in the order of the links.
-/// 5. `delta_rule_forward(problem, in, prepared, h0, o, ht, ws, s)`: o [L, Hv, V]; ht of the segments that have one.
+/// 5. `delta_rule_forward(problem, in, prepared, h0, o, ht, ws, s)`: o [L, Hv, V]; ht of the segments that have one,
+///    unless the view is empty.
 /// 6. `delta_rule_summarise_gradient(problem, in, prepared, d_o, dht, table, own, summaries, ws, s)`: the same going
-///    left: dS_in = M^T dS_out + F. Writes F, which starts from the segment's dht, and M^T copied from `own`.
+///    left: dS_in = M^T dS_out + F. Writes F, which starts from the gradient `start` of dht or from zero, and M^T copied from `own`.
 /// 7. `delta_rule_backward(problem, in, prepared, h0, d_o, dht, gradients, dh0, ws, s)`.
 /// 8. `delta_rule_step(scale, in, states, slots, o, s)`: one token per sequence; row i updates states[slots[i]] in
 ///    place and writes o[i]; slot -1 skips the row and writes zeros.

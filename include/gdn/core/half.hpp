@@ -44,9 +44,13 @@ constexpr std::uint16_t round_to_16_bits(double value) noexcept {
 }  // namespace detail
 
 /// @return the bits of the nearest bf16, ties to even. A float passes through double exactly, so it rounds once, too.
-constexpr std::uint16_t to_bf16(double value) noexcept { return detail::round_to_16_bits<8, 7>(value); }
+constexpr std::uint16_t to_bf16(double value) noexcept {
+  return detail::round_to_16_bits<8, 7>(value);
+}
 /// @return the bits of the nearest f16 (IEEE binary16), ties to even
-constexpr std::uint16_t to_f16(double value) noexcept { return detail::round_to_16_bits<5, 10>(value); }
+constexpr std::uint16_t to_f16(double value) noexcept {
+  return detail::round_to_16_bits<5, 10>(value);
+}
 
 constexpr float from_bf16(std::uint16_t bits) noexcept {
   return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);

@@ -6,6 +6,8 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <source_location>
+#include <string_view>
 #include <type_traits>
 
 #include <gdn/config.hpp>
@@ -186,7 +188,8 @@ constexpr tensor_ref<T, Rank, Memory> as_tensor(const V& v) {
 
 /// Checks the extents of a tensor that came from outside; the message names it and the axis.
 template <class T, int R, class M>
-void expects_shape(const tensor_ref<T, R, M>& t, std::string_view name, const std::array<index_t, R>& want,
+void expects_shape(const tensor_ref<T, R, M>& t, std::string_view name,
+                   const std::type_identity_t<std::array<index_t, static_cast<std::size_t>(R)>>& want,
                    std::source_location where = std::source_location::current()) {
   for (int i = 0; i < R; ++i) {
     if (t.extent(i) != want[static_cast<std::size_t>(i)]) {

@@ -229,6 +229,7 @@ inline std::vector<chain_document> chain_documents(const cp_plan& plan, bool rev
 /// @throws metadata_error if the table is not valid, or does not cover the rows of the batch
 inline cp_plan plan_context_parallel(std::span<const fragment> rows, const packing& pack, const plan_shape& shape,
                                      index_t conv_channels, const plan_options& options, int world, int rank) {
+  raise(validate_packing(pack));
   raise(validate_fragments(rows, pack.rows(), world));
   expects<metadata_error>(0 <= rank && rank < world, "there is no rank", rank, "of", world);
   expects<metadata_error>(shape.conv_width >= 1 && shape.chunk >= 1, "conv width", shape.conv_width, "and chunk",
@@ -329,9 +330,11 @@ inline cp_plan plan_context_parallel(std::span<const fragment> rows, const packi
   p.chain = plan_chain(detail::chain_documents(p, false), shape.summary, options.share, rank);
   p.reverse_chain = plan_chain(detail::chain_documents(p, true), shape.summary, options.share, rank);
   for (published_summary& b : p.reverse_chain.published) {  // both publish M for the same segments
-    for (const published_summary& f : p.chain.published) {
-      if (f.segment == b.segment && b.transition >= 0) b.own_transition = f.transition;
-    }
+    if (b.transition < 0) continue;
+    const auto& f = p.chain.published;  // by ascending segment
+    b.own_transition = std::lower_bound(f.begin(), f.end(), b.segment, [](const published_summary& x, std::int32_t n) {
+                         return x.segment < n;
+                       })->transition;
   }
 
   detail::hasher h;

@@ -96,7 +96,7 @@ constexpr exchange_plan plan_exchange(std::span<const fragment> from, std::span<
 /// NeMo's `_undo_attention_load_balancing`, with neighbour messages instead of two gathers of everything.
 /// Each rank keeps its number of rows.
 template <sequence_layout Layout>
-exchange_plan undo_load_balancing(const Layout& layout, int rank) {
+constexpr exchange_plan undo_load_balancing(const Layout& layout, int rank) {
   const fragment_table from = layout.fragments();
   fragment_table to;
   index_t begin = 0;
@@ -110,7 +110,7 @@ exchange_plan undo_load_balancing(const Layout& layout, int rank) {
 
 /// The way back: the inverse of undo, and its adjoint (a permutation is orthogonal).
 template <sequence_layout Layout>
-exchange_plan redo_load_balancing(const Layout& layout, int rank) {
+constexpr exchange_plan redo_load_balancing(const Layout& layout, int rank) {
   return undo_load_balancing(layout, rank).inverse();
 }
 

@@ -66,8 +66,12 @@ inline std::optional<diagnostic> validate_fragments(std::span<const fragment> ta
     if (f.rank < 0 || f.rank >= world) {
       return diagnostic{say("fragment", i, "is on rank", f.rank, "of", world, "ranks")};
     }
+    if (f.begin < 0) return diagnostic{say("fragment", i, "begins at row", f.begin, "; rows begin at 0")};
     if (f.begin > at) return diagnostic{say("no fragment covers row", at, "(fragment", i, "begins at", f.begin, ")")};
-    if (f.begin < at) return diagnostic{say("row", f.begin, "is covered twice, by fragments", i - 1, "and", i)};
+    if (f.begin < at) return diagnostic{say("row", f.begin, "is covered twice, by fragment", i, "and one before it")};
+    if (f.count > total - at) {
+      return diagnostic{say("fragment", i, "holds", f.count, "rows from row", f.begin, "on, the sequence has", total)};
+    }
     if (f.local < 0) return diagnostic{say("fragment", i, "lies at local row", f.local)};
     at = f.end();
     of_rank[static_cast<std::size_t>(f.rank)].push_back(i);

@@ -34,7 +34,7 @@ struct contiguous_layout {
 };
 
 /// DualChunkSwap: of 2 * world equal chunks rank r holds chunk r and then chunk 2 * world - 1 - r, so that causal
-/// attention costs every rank the same. `rows` must be a multiple of 2 * world (see validate_zigzag).
+/// attention costs every rank the same. `rows` must be a multiple of 2 * world.
 struct zigzag_layout {
   index_t rows = 0;
   int world = 1;
@@ -61,6 +61,7 @@ struct interleaved_layout {
   constexpr int world_size() const noexcept { return world; }
   constexpr index_t size() const noexcept { return rows; }
   constexpr fragment_table fragments() const {
+    expects<metadata_error>(world >= 1 && rows >= 0, "a layout cannot have", rows, "rows on", world, "ranks");
     fragment_table t;
     t.reserve(static_cast<std::size_t>(rows));
     for (index_t i = 0; i < rows; ++i) t.push_back({i, 1, static_cast<int>(i % world), i / world});
@@ -100,9 +101,9 @@ inline explicit_layout per_document_zigzag(std::span<const std::pair<index_t, in
   index_t at = 0;
   for (std::size_t d = 0; d < documents.size(); ++d) {
     const auto [begin, end] = documents[d];
-    const index_t c = (end - begin) / (2 * world);
     expects<metadata_error>(begin >= at && end >= begin && end <= rows, "document", d, "covers rows", begin, "to", end,
                             "which do not follow the document before or leave the", rows, "rows");
+    const index_t c = (end - begin) / (2 * world);
     expects<metadata_error>(c * 2 * world == end - begin, "document", d, "has", end - begin,
                             "rows; zigzag per document needs a multiple of 2 P =", 2 * world);
     if (begin > at) gaps.emplace_back(at, begin);

@@ -77,7 +77,10 @@ struct packing {
 };
 
 inline std::optional<diagnostic> validate_mask(std::span<const index_t> mask, index_t batch, index_t row_length) {
-  if (batch < 0 || row_length < 0 || static_cast<index_t>(mask.size()) != batch * row_length) {
+  const auto entries = static_cast<index_t>(mask.size());
+  const bool fits = batch > 0 && row_length > 0 ? entries % batch == 0 && entries / batch == row_length  // no overflow
+                                                : batch >= 0 && row_length >= 0 && entries == 0;
+  if (!fits) {
     return diagnostic{say("the mask has", mask.size(), "entries, the batch", batch, "x", row_length)};
   }
   for (index_t b = 0; b < batch; ++b) {
@@ -158,8 +161,27 @@ inline std::optional<diagnostic> validate_cu_seqlens(std::span<const index_t> cu
   return std::nullopt;
 }
 
+/// The first rule that a packing breaks, if any; the functions that make one never break any.
+inline std::optional<diagnostic> validate_packing(const packing& p) {
+  if (p.batch < 0 || p.row_length < 0) return diagnostic{say("a batch cannot have", p.batch, "rows of", p.row_length)};
+  index_t row = -1;  // the end of the run before
+  index_t token = 0;
+  for (std::size_t i = 0; i < p.runs.size(); ++i) {
+    const token_run& r = p.runs[i];
+    if (r.row <= row || r.count <= 0 || r.row >= p.rows() || r.count > p.rows() - r.row) {
+      return diagnostic{say("run", i, "has", r.count, "rows from row", r.row, "on; runs must ascend within", p.rows(),
+                            "rows without touching")};
+    }
+    if (r.token != token) return diagnostic{say("run", i, "begins at token", r.token, ", must begin at", token)};
+    row = r.row + r.count;
+    token += r.count;
+  }
+  return validate_cu_seqlens(p.cu_seqlens, token);
+}
+
 inline packing packing::from_cu_seqlens(std::span<const index_t> cu, std::span<const index_t> indices, index_t batch,
                                         index_t row_length) {
+  expects<metadata_error>(batch >= 0 && row_length >= 0, "a batch cannot have", batch, "rows of", row_length);
   packing p{batch, row_length, {}, {cu.begin(), cu.end()}};
   if (indices.empty() && !(cu.size() >= 1 && cu.back() == 0)) {
     raise(validate_cu_seqlens(cu, p.rows()));

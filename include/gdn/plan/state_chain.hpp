@@ -67,7 +67,7 @@ struct chain_document {
   struct own_piece {
     index_t position = 0;
     std::int32_t segment = 0;
-    std::int32_t state = -1;  ///< where the folded state goes
+    std::int32_t state = -1;  ///< of the first piece: the one given, if any; of others: where the folded one goes
   };
   std::vector<own_piece> own;  ///< ascending positions
 };
@@ -123,7 +123,8 @@ class chain_planner {
       slot s;
       if (publishes(d, piece.position)) {
         s = allocate(piece.position > 0);
-        plan_.published.push_back({piece.segment, s.bias, s.transition, -1});
+        plan_.published.push_back(
+            {piece.segment, piece.position == 0 ? piece.state : -1, s.bias, s.transition, -1});
       }
       slots_.push_back(s);
     }
@@ -140,10 +141,13 @@ class chain_planner {
     sends_[round].add(peer, s.bias, size(s.transition >= 0));
   }
   slot receive(std::size_t round, int peer, bool with_transition) {
-    reach(round);
     const slot s = allocate(with_transition);
-    recvs_[round].add(peer, s.bias, size(with_transition));
+    receive_into(round, peer, s);
     return s;
+  }
+  void receive_into(std::size_t round, int peer, slot s) {
+    reach(round);
+    recvs_[round].add(peer, s.bias, size(s.transition >= 0));
   }
 
   void fold(std::int32_t target, std::span<const slot> chain) {
@@ -181,6 +185,7 @@ class chain_planner {
     const index_t m = pieces(d);
     std::vector<slot> reach_of(d.own.size());   // X_p
     std::vector<slot> spare(d.own.size());      // the other one of two, so that composing never overlaps
+    std::vector<slot> inbox(d.own.size());      // what arrives, free again once it is composed
     for (std::size_t i = 0; i < d.own.size(); ++i) {
       const index_t p = d.own[i].position;
       if (publishes(d, p)) send(0, rank_at(d, p + 1), own_[i]);
@@ -200,7 +205,10 @@ class chain_planner {
       for (std::size_t i = 0; i < d.own.size(); ++i) {
         const index_t p = d.own[i].position;
         if (p <= reach) continue;
-        const slot earlier = receive(round, rank_at(d, p - reach), p - reach > reach);
+        if (inbox[i].bias < 0) inbox[i] = allocate(p - reach > reach);  // later ones are no longer
+        slot earlier = inbox[i];
+        if (p - reach <= reach) earlier.transition = -1;
+        receive_into(round, rank_at(d, p - reach), earlier);
         const bool complete = p <= 2 * reach;
         plan_.rounds[round].compose.push_back({reach_of[i].bias, reach_of[i].transition, earlier.bias,
                                                earlier.transition, spare[i].bias,

@@ -46,6 +46,7 @@ struct rule_segment {
 /// that forward left at `own_transition` of the tape.
 struct published_summary {
   std::int32_t segment = 0;
+  std::int32_t start = -1;  ///< the state from which E starts: a given one for the first of a chain, else none
   index_t bias = 0;
   index_t transition = -1;
   index_t own_transition = -1;

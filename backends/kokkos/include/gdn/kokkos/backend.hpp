@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// @file  The CPU backend: a Kokkos host execution space that computes what a layer needs.
+
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
+#include <Kokkos_Core.hpp>
+
+#include <gdn/concepts/backend.hpp>
+#include <gdn/core/error.hpp>
+#include <gdn/core/stream.hpp>
+#include <gdn/core/tensor.hpp>
+#include <gdn/core/types.hpp>
+#include <gdn/kokkos/conv1d.hpp>
+#include <gdn/kokkos/delta_rule_ops.hpp>
+#include <gdn/kokkos/detail/parallel.hpp>
+#include <gdn/kokkos/gate.hpp>
+#include <gdn/kokkos/linear.hpp>
+#include <gdn/kokkos/norm.hpp>
+#include <gdn/kokkos/rows.hpp>
+
+namespace gdn {
+inline namespace v0 {
+namespace kokkos {
+
+/// How the gated delta rule is computed: by chunks, as matrix products, or token by token, as it is written.
+enum class rule : std::uint8_t { chunked, recurrent };
+
+/// Computes on the threads of one execution space instance, which orders its calls; every call has finished when it
+/// returns. Results have the same bits for every number of threads and for every host execution space.
+///
+/// Several threads may compute at once, each with a backend of its own: `backend(Kokkos::OpenMP(2))`. Threads that
+/// share an instance take turns.
+///
+/// Memory comes from the caller; an operation uses up to 400 KiB of the stack of each thread that works on it.
+template <class Exec = Kokkos::DefaultHostExecutionSpace>
+class backend {
+  static_assert(Kokkos::is_execution_space_v<Exec>);
+  static_assert(Kokkos::SpaceAccessibility<Exec, Kokkos::HostSpace>::accessible, "this backend computes on the host");
+
+ public:
+  using execution_space = Exec;
+  using memory_type = host_memory;
+  using stream_type = host_stream;
+
+  /// @throws backend_error if the program has not initialised Kokkos (or has finalised it)
+  explicit backend(rule how = rule::chunked) : backend(make_instance(), how) {}
+  explicit backend(Exec exec, rule how = rule::chunked) : exec_(std::move(exec)), rule_(how) { expects_initialized(); }
+
+  const Exec& instance() const noexcept { return exec_; }
+  rule chosen_rule() const noexcept { return rule_; }
+
+  std::string_view name() const noexcept { return "kokkos"; }
+  void synchronize(host_stream) const { exec_.fence("gdn"); }
+  template <class T>
+  void upload(std::span<const std::type_identity_t<T>> host, tensor_ref<T, 1> table, host_stream) const {
+    static_assert(std::is_trivially_copyable_v<T>);
+    detail::expects_rows(table, "the table", {static_cast<index_t>(host.size())});
+    if (!host.empty()) std::memcpy(table.data(), host.data(), host.size_bytes());
+  }
+
+  // ---- rows.hpp ----
+  template <class T>
+  void copy_rows(detail::in_ref<T, 2> src, tensor_ref<T, 2> dst, host_stream) const {
+    detail::copy_rows(exec_, src, dst);
+  }
+  template <class T>
+  void gather_rows(detail::in_ref<T, 2> src, tensor_ref<const run, 1> runs, tensor_ref<T, 2> dst, host_stream) const {
+    detail::gather_rows(exec_, src, runs, dst);
+  }
+  template <class T>
+  void scatter_rows(detail::in_ref<T, 2> src, tensor_ref<const run, 1> runs, tensor_ref<T, 2> dst, host_stream) const {
+    detail::scatter_rows(exec_, src, runs, dst);
+  }
+  template <class T>
+  void scatter_add_rows(detail::in_ref<T, 2> src, tensor_ref<const run, 1> runs, tensor_ref<T, 2> dst,
+                        host_stream) const {
+    detail::scatter_add_rows(exec_, src, runs, dst);
+  }
+  template <class T>
+  void fill_zero(tensor_ref<T, 2> t, host_stream) const {
+    detail::fill_zero(exec_, t);
+  }
+  template <class T>
+  void swap_axes(detail::in_ref<T, 3> src, tensor_ref<T, 3> dst, host_stream) const {
+    detail::swap_axes(exec_, src, dst);
+  }
+
+  // ---- linear.hpp ----
+  template <class T>
+  void linear_forward(detail::in_ref<T, 2> x, detail::in_ref<T, 2> w, tensor_ref<T, 2> y, host_stream) const {
+    detail::linear_forward(exec_, x, w, y);
+  }
+  template <class T>
+  void linear_backward_input(detail::in_ref<T, 2> dy, detail::in_ref<T, 2> w, tensor_ref<T, 2> dx, bool add,
+                             host_stream) const {
+    detail::linear_backward_input(exec_, dy, w, dx, add);
+  }
+  template <class E, class T = std::remove_const_t<E>>
+  void linear_backward_weight(tensor_ref<E, 2> dy, detail::in_ref<T, 2> x, detail::out_ref<accumulate_t<T>, 2> dw,
+                              host_stream) const {
+    detail::linear_backward_weight<T>(exec_, dy, x, dw);
+  }
+
+  // ---- conv1d.hpp ----
+  template <class T>
+  void causal_conv1d_forward(tensor_ref<const conv_segment, 1> segments, detail::in_ref<T, 2> x,
+                             detail::in_ref<T, 2> halo, detail::in_ref<T, 2> w, activation act, tensor_ref<T, 2> y,
+                             host_stream) const {
+    detail::causal_conv1d_forward(exec_, segments, x, halo, w, act, y);
+  }
+  template <class T>
+  void causal_conv1d_backward(tensor_ref<const conv_segment, 1> segments, detail::in_ref<T, 2> x,
+                              detail::in_ref<T, 2> halo, detail::in_ref<T, 2> w, activation act,
+                              detail::in_ref<T, 2> dy, tensor_ref<T, 2> dx, tensor_ref<T, 2> dhalo,
+                              detail::out_ref<accumulate_t<T>, 2> dw, host_stream) const {
+    detail::causal_conv1d_backward(exec_, segments, x, halo, w, act, dy, dx, dhalo, dw);
+  }
+  template <class T>
+  void causal_conv1d_step(detail::in_ref<T, 2> x, tensor_ref<T, 3> states, tensor_ref<const std::int32_t, 1> slots,
+                          detail::in_ref<T, 2> w, activation act, tensor_ref<T, 2> y, host_stream) const {
+    detail::causal_conv1d_step(exec_, x, states, slots, w, act, y);
+  }
+
+  // ---- gate.hpp ----
+  template <class T>
+  void gates_forward(detail::in_ref<T, 2> a, detail::in_ref<T, 2> b, detail::in_ref<accumulate_t<T>, 1> a_log,
+                     detail::in_ref<accumulate_t<T>, 1> dt_bias, detail::out_ref<accumulate_t<T>, 2> g,
+                     tensor_ref<T, 2> beta, host_stream) const {
+    detail::gates_forward(exec_, a, b, a_log, dt_bias, g, beta);
+  }
+  template <class T>
+  void gates_backward(detail::in_ref<accumulate_t<T>, 2> dg, detail::in_ref<accumulate_t<T>, 2> dbeta,
+                      detail::in_ref<T, 2> a, detail::in_ref<T, 2> b, detail::in_ref<accumulate_t<T>, 1> a_log,
+                      detail::in_ref<accumulate_t<T>, 1> dt_bias, tensor_ref<T, 2> da, tensor_ref<T, 2> db,
+                      detail::out_ref<accumulate_t<T>, 1> d_a_log, detail::out_ref<accumulate_t<T>, 1> d_dt_bias,
+                      host_stream) const {
+    detail::gates_backward(exec_, dg, dbeta, a, b, a_log, dt_bias, da, db, d_a_log, d_dt_bias);
+  }
+
+  // ---- norm.hpp ----
+  template <class T>
+  void l2norm_forward(detail::in_ref<T, 3> x, double eps, tensor_ref<T, 3> y,
+                      detail::out_ref<accumulate_t<T>, 2> rstd, host_stream) const {
+    detail::l2norm_forward(exec_, x, eps, y, rstd);
+  }
+  template <class T>
+  void l2norm_backward(detail::in_ref<T, 3> dy, detail::in_ref<T, 3> y, detail::in_ref<accumulate_t<T>, 2> rstd,
+                       tensor_ref<T, 3> dx, host_stream) const {
+    detail::l2norm_backward(exec_, dy, y, rstd, dx);
+  }
+  template <class T>
+  void gated_norm_forward(detail::in_ref<T, 3> o, detail::in_ref<T, 3> z, detail::in_ref<accumulate_t<T>, 1> w,
+                          double eps, tensor_ref<T, 3> y, detail::out_ref<accumulate_t<T>, 2> rstd,
+                          host_stream) const {
+    detail::gated_norm_forward(exec_, o, z, w, eps, y, rstd);
+  }
+  template <class T>
+  void gated_norm_backward(detail::in_ref<T, 3> dy, detail::in_ref<T, 3> o, detail::in_ref<T, 3> z,
+                           detail::in_ref<accumulate_t<T>, 1> w, detail::in_ref<accumulate_t<T>, 2> rstd,
+                           tensor_ref<T, 3> d_o, tensor_ref<T, 3> dz, detail::out_ref<accumulate_t<T>, 1> dw,
+                           host_stream) const {
+    detail::gated_norm_backward(exec_, dy, o, z, w, rstd, d_o, dz, dw);
+  }
+
+  // ---- delta_rule_ops.hpp ----
+  template <class T>
+  index_t delta_rule_prepared(const delta_rule_problem<T, host_memory>& problem) const {
+    return with_rule([&](auto how) { return how.prepared(problem); });
+  }
+  template <class T>
+  memory_requirement delta_rule_scratch(const delta_rule_problem<T, host_memory>& problem) const {
+    return with_rule([&]<class Rule>(Rule) { return detail::delta_rule_scratch<Rule, T>(exec_, problem); });
+  }
+  template <class T>
+  void delta_rule_prepare(const delta_rule_problem<T, host_memory>& problem,
+                          const delta_rule_inputs<T, host_memory>& in, summaries_ref<T, host_memory> prepared,
+                          host_stream) const {
+    detail::check_problem<T>(problem, in);
+    with_rule([&](auto how) { how.prepare(exec_, problem, in, prepared); });
+  }
+  template <class T>
+  void delta_rule_summarise(const delta_rule_problem<T, host_memory>& problem,
+                            const delta_rule_inputs<T, host_memory>& in, const_summaries_ref<T, host_memory> prepared,
+                            tensor_ref<const published_summary, 1> table, const_states_ref<T, host_memory> h0,
+                            summaries_ref<T, host_memory> summaries, workspace<host_memory>& ws, host_stream) const {
+    with_rule([&]<class Rule>(Rule) {
+      detail::delta_rule_summarise<Rule, T>(exec_, problem, in, prepared, table, h0, summaries, ws);
+    });
+  }
+  template <class A>
+  void compose(index_t heads, index_t key_dim, index_t value_dim, tensor_ref<const compose_item, 1> items,
+               tensor_ref<A, 1> summaries, host_stream) const {
+    detail::compose(exec_, heads, key_dim, value_dim, items, summaries);
+  }
+  template <class A>
+  void fold(index_t heads, index_t key_dim, index_t value_dim, tensor_ref<const fold_item, 1> items,
+            tensor_ref<const fold_link, 1> links, detail::in_ref<A, 1> summaries, tensor_ref<A, 4> states,
+            host_stream) const {
+    detail::fold(exec_, heads, key_dim, value_dim, items, links, summaries, states);
+  }
+  template <class T>
+  void delta_rule_forward(const delta_rule_problem<T, host_memory>& problem,
+                          const delta_rule_inputs<T, host_memory>& in, const_summaries_ref<T, host_memory> prepared,
+                          const_states_ref<T, host_memory> h0, tensor_ref<T, 3> o, states_ref<T, host_memory> ht,
+                          workspace<host_memory>& ws, host_stream) const {
+    with_rule([&]<class Rule>(Rule) {
+      detail::delta_rule_forward<Rule, T>(exec_, problem, in, prepared, h0, o, ht, ws);
+    });
+  }
+  template <class T>
+  void delta_rule_summarise_gradient(const delta_rule_problem<T, host_memory>& problem,
+                                     const delta_rule_inputs<T, host_memory>& in,
+                                     const_summaries_ref<T, host_memory> prepared, detail::in_ref<T, 3> d_o,
+                                     const_states_ref<T, host_memory> dht,
+                                     tensor_ref<const published_summary, 1> table,
+                                     const_summaries_ref<T, host_memory> own, summaries_ref<T, host_memory> summaries,
+                                     workspace<host_memory>& ws, host_stream) const {
+    with_rule([&]<class Rule>(Rule) {
+      detail::delta_rule_summarise_gradient<Rule, T>(exec_, problem, in, prepared, d_o, dht, table, own, summaries, ws);
+    });
+  }
+  template <class T>
+  void delta_rule_backward(const delta_rule_problem<T, host_memory>& problem,
+                           const delta_rule_inputs<T, host_memory>& in, const_summaries_ref<T, host_memory> prepared,
+                           const_states_ref<T, host_memory> h0, detail::in_ref<T, 3> d_o,
+                           const_states_ref<T, host_memory> dht, const delta_rule_gradients<T, host_memory>& gradients,
+                           states_ref<T, host_memory> dh0, workspace<host_memory>& ws, host_stream) const {
+    with_rule([&]<class Rule>(Rule) {
+      detail::delta_rule_backward<Rule, T>(exec_, problem, in, prepared, h0, d_o, dht, gradients, dh0, ws);
+    });
+  }
+  template <class T>
+  void delta_rule_step(std::type_identity_t<accumulate_t<T>> scale, const delta_rule_inputs<T, host_memory>& in,
+                       states_ref<T, host_memory> states, tensor_ref<const std::int32_t, 1> slots, tensor_ref<T, 3> o,
+                       host_stream) const {
+    detail::delta_rule_step<T, accumulate_t<T>>(exec_, scale, in, states, slots, o);
+  }
+
+ private:
+  template <class F>
+  auto with_rule(F&& f) const {
+    return rule_ == rule::chunked ? f(detail::chunked_rule{}) : f(detail::recurrent_rule{});
+  }
+  static void expects_initialized() {
+    expects<backend_error>(Kokkos::is_initialized() && !Kokkos::is_finalized(),
+                           "Kokkos is not initialised; the program must call Kokkos::initialize (or hold a "
+                           "Kokkos::ScopeGuard) before it makes a backend, and gdn never does so itself");
+  }
+  static Exec make_instance() {
+    expects_initialized();  // first: the default instance exists only in an initialised Kokkos
+    return Exec();
+  }
+
+  Exec exec_;
+  rule rule_ = rule::chunked;
+};
+
+static_assert(row_ops<backend<>, float> && row_ops<backend<>, double>);
+static_assert(linear_ops<backend<>, float> && linear_ops<backend<>, double>);
+static_assert(conv_ops<backend<>, float> && conv_ops<backend<>, double>);
+static_assert(gate_ops<backend<>, float> && gate_ops<backend<>, double>);
+static_assert(norm_ops<backend<>, float> && norm_ops<backend<>, double>);
+static_assert(gated_delta_rule<backend<>, float> && gated_delta_rule<backend<>, double>);
+static_assert(gdn::backend<backend<>, float> && gdn::backend<backend<>, double>);
+
+}  // namespace kokkos
+}  // namespace v0
+}  // namespace gdn

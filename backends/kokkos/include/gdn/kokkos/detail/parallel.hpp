@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// @file  How work is spread over an execution space so that no bit depends on the number of its threads.
+
+#include <algorithm>
+#include <concepts>
+#include <string_view>
+
+#include <Kokkos_Core.hpp>
+
+#include <gdn/core/error.hpp>
+#include <gdn/core/tensor.hpp>
+#include <gdn/core/types.hpp>
+
+namespace gdn {
+inline namespace v0 {
+namespace kokkos::detail {
+
+/// A tensor that is only read. It takes no part in deduction, so mutable tensors convert to it.
+template <class T, int Rank>
+using in_ref = tensor_ref<const std::type_identity_t<T>, Rank, host_memory>;
+/// A tensor that is written and takes no part in deduction.
+template <class T, int Rank>
+using out_ref = tensor_ref<std::type_identity_t<T>, Rank, host_memory>;
+
+/// [begin, begin + count)
+struct range {
+  index_t begin = 0;
+  index_t count = 0;
+  constexpr index_t end() const noexcept { return begin + count; }
+};
+
+/// How many blocks of `block` cover n.
+constexpr index_t blocks_of(index_t n, index_t block) noexcept { return (n + block - 1) / block; }
+
+/// Block i of [0, n); the last one may be shorter.
+constexpr range block_at(index_t i, index_t block, index_t n) noexcept {
+  return {i * block, std::min(block, n - i * block)};
+}
+
+/// Piece i when [0, n) is cut into `pieces` of about one size; pieces may be empty.
+constexpr range piece_at(index_t i, index_t pieces, index_t n) noexcept {
+  const index_t begin = n / pieces * i + std::min(i, n % pieces);
+  return {begin, n / pieces + (i < n % pieces ? 1 : 0)};
+}
+
+/// Runs body(i) for every i in [0, items) and waits for this execution space instance, for no other.
+///
+/// Items run in any order and on any thread. What an item computes must therefore be fixed by the sizes of the problem
+/// alone, and items must write different elements. `body` must not throw.
+template <class Exec, class Body>
+void for_each_item(const Exec& exec, index_t items, const Body& body) {
+  using policy = Kokkos::RangePolicy<Exec, Kokkos::Schedule<Kokkos::Dynamic>, Kokkos::IndexType<index_t>>;
+  if (items <= 0) return;
+  // Items are large and of unequal size, so threads fetch them one by one. Names this short need no memory.
+  Kokkos::parallel_for("gdn", policy(exec, 0, items, Kokkos::ChunkSize(1)), body);
+  exec.fence("gdn");
+}
+
+/// Every operation reads and writes its last axis as an array.
+template <class T, int R>
+void expects_unit_stride(const tensor_ref<T, R>& t, std::string_view name) {
+  expects<shape_error>(t.stride(R - 1) == 1 || t.extent(R - 1) <= 1, say("the last axis of", name, "must have stride 1, has"),
+                       t.stride(R - 1));
+}
+
+/// Extents, data and unit stride at once.
+template <class T, int R>
+void expects_rows(const tensor_ref<T, R>& t, std::string_view name, const std::array<index_t, R>& extents) {
+  expects_shape(t, name, extents);
+  expects_unit_stride(t, name);
+}
+
+}  // namespace kokkos::detail
+}  // namespace v0
+}  // namespace gdn

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// @file  What ranks do after a pass: sum parameter gradients, and take states to where sequences go on.
+
+#include <algorithm>
+
+#include <gdn/comm/collectives.hpp>
+#include <gdn/layer/state.hpp>
+
+namespace gdn {
+inline namespace v0 {
+
+/// Bytes of workspace that reduce_gradients takes.
+template <class T, memory_kind Memory = host_memory>
+memory_requirement reduce_requirement(const layer_dims& d, int world) {
+  workspace<Memory> measure;
+  memory_requirement most;
+  layer_gradients<T, Memory>::carve(measure, d).for_each([&](std::string_view, const auto& t) {
+    most.bytes = std::max(most.bytes, all_reduce_scratch<accumulate_t<T>, Memory>(t.size(), world).bytes);
+  });
+  return most;
+}
+
+/// Sums the nine parameter gradients over the ranks, in the order of the ranks: every rank has the same bits.
+/// @param grad contiguous tensors, each rank's own sums; replaced by the sums of all
+template <class T, communicator Comm, class Backend>
+  requires compatible<Backend, Comm> && backend<Backend, T>
+void reduce_gradients(const Backend& be, Comm& comm, const layer_gradients<T, typename Backend::memory_type>& grad,
+                      workspace<typename Backend::memory_type>& ws, typename Backend::stream_type s) {
+  grad.for_each([&](std::string_view, const auto& t) {
+    all_reduce_sum<accumulate_t<T>>(be, comm, reshape(t, t.size()), ws, s);
+  });
+}
+
+/// Bytes of workspace that deliver_states takes.
+template <class T, memory_kind Memory = host_memory>
+memory_requirement delivery_requirement(const layer_dims& d, const cp_plan& plan, std::span<const int> targets) {
+  const exchange_plan delivery = plan_delivery(plan, targets);
+  workspace<Memory> tables;
+  detail::table_placer place(tables, [](auto, auto) {});
+  place(delivery);
+  const std::size_t scratch =
+      std::max(exchange_scratch<accumulate_t<T>, Memory>(delivery, d.state_size(), false, plan.rank).bytes,
+               exchange_scratch<T, Memory>(delivery, d.channels() * d.conv_width, false, plan.rank).bytes);
+  return {tables.peak().bytes + scratch};
+}
+
+/// Takes the final states of a pass to the ranks on which the documents go on, e.g. all to one that decodes.
+///
+/// @param targets [N] the rank of each document
+/// @param from    the final states of this rank, [plan.leaving, ..]
+/// @param to      a place for each document that goes to this rank, ascending
+template <class T, communicator Comm, class Backend>
+  requires compatible<Backend, Comm> && backend<Backend, T>
+void deliver_states(const Backend& be, Comm& comm, const layer_dims& d, const cp_plan& plan,
+                    std::span<const int> targets, const layer_state<T, typename Backend::memory_type>& from,
+                    const layer_state<T, typename Backend::memory_type>& to,
+                    workspace<typename Backend::memory_type>& ws, typename Backend::stream_type s) {
+  using memory = typename Backend::memory_type;
+  using A = accumulate_t<T>;
+  const auto leaving = static_cast<index_t>(plan.leaving.size());
+  const index_t arriving = std::count(targets.begin(), targets.end(), plan.rank);
+  const index_t conv = d.channels() * d.conv_width;
+  expects_shape(from.recurrent, "the final states", {leaving, d.value_heads, d.key_dim, d.value_dim});
+  expects_shape(from.conv, "the final conv states", {leaving, d.channels(), d.conv_width});
+  expects_shape(to.recurrent, "the delivered states", {arriving, d.value_heads, d.key_dim, d.value_dim});
+  expects_shape(to.conv, "the delivered conv states", {arriving, d.channels(), d.conv_width});
+  const scoped_mark scope(ws);
+  detail::table_placer place(ws, [&](auto host, auto table) { be.upload(host, table, s); });
+  const resident_exchange<memory> delivery = place(plan_delivery(plan, targets));
+  exchange_rows<A>(be, comm, delivery, reshape(from.recurrent, leaving, d.state_size()),
+                   reshape(to.recurrent, arriving, d.state_size()), ws, s);
+  exchange_rows<T>(be, comm, delivery, reshape(from.conv, leaving, conv), reshape(to.conv, arriving, conv), ws, s);
+}
+
+}  // namespace v0
+}  // namespace gdn

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// @file  How much memory a layer needs: the code that lays it out, run without memory.
+
+#include <algorithm>
+#include <cstddef>
+#include <initializer_list>
+
+#include <gdn/layer/backward.hpp>
+#include <gdn/layer/forward.hpp>
+
+namespace gdn {
+inline namespace v0 {
+
+struct layer_requirements {
+  memory_requirement tape;
+  memory_requirement forward;   ///< workspace of forward() and prefill()
+  memory_requirement backward;  ///< workspace of backward()
+};
+
+/// Bytes for one rank. They depend on the rank's own rows and states, not on the number of ranks, but for what an
+/// all-gather folds.
+template <class T, class Backend>
+  requires backend<Backend, T>
+layer_requirements requirements(const Backend& be, const layer_dims& d,
+                                const resident_plan<typename Backend::memory_type>& plan, keep_policy policy) {
+  using memory = typename Backend::memory_type;
+  using A = accumulate_t<T>;
+  const cp_plan& p = plan.host;
+  const auto problem = rule_problem<T>(d.key_heads, plan);
+  const index_t prepared = be.delta_rule_prepared(problem);
+  const auto with_scratch = [](workspace<memory>& ws, std::initializer_list<memory_requirement> calls) {
+    std::size_t most = 0;
+    for (const memory_requirement& r : calls) most = std::max(most, r.bytes);
+    ws.template take<std::byte>(static_cast<index_t>(most));
+    return ws.peak();
+  };
+  const auto moves = [&](const exchange_plan& e, index_t width, bool add) {
+    return exchange_scratch<T, memory>(e, width, add, p.rank);
+  };
+
+  layer_requirements out;
+  workspace<memory> tape;
+  make_tape<T>(be, d, plan, policy, tape);
+  out.tape = tape.peak();
+
+  workspace<memory> forward;
+  activations<T, memory> act;
+  act.take_rest(forward, d, p, prepared, policy);
+  detail::forward_buffers<T, memory>::take(forward, d, p);
+  out.forward = with_scratch(forward, {moves(p.undo, d.hidden, false), moves(p.redo, d.hidden, false),
+                                       moves(p.halo.exchange, d.channels(), false),
+                                       share_scratch<A, memory>(p.chain, p.rank), be.delta_rule_scratch(problem)});
+  if (policy == keep_policy::nothing) return out;
+
+  workspace<memory> backward;
+  act.take_rest(backward, d, p, prepared, policy);
+  detail::backward_buffers<T, memory>::take(backward, d, p);
+  out.backward = with_scratch(
+      backward, {moves(p.undo, d.hidden, false), moves(p.redo, d.hidden, false),
+                 moves(p.halo.exchange.inverse(), d.channels(), true),
+                 share_scratch<A, memory>(p.reverse_chain, p.rank), be.delta_rule_scratch(problem)});
+  return out;
+}
+
+}  // namespace v0
+}  // namespace gdn

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// @file  Prologue and epilogue of the delta rule: what a backend may fuse, and the small operations otherwise.
+
+#include <gdn/concepts/backend.hpp>
+#include <gdn/layer/tape.hpp>
+
+namespace gdn {
+inline namespace v0 {
+
+/// Optional: a backend with one call for conv + SiLU, l2norm of q and k, and the gates. It must write what prologue()
+/// writes, to the same precision.
+template <class B, class T>
+concept has_fused_prologue =
+    requires(const B& be, const gated_delta_net<T, typename B::memory_type>& layer,
+             const resident_plan<typename B::memory_type>& plan,
+             const activations<T, typename B::memory_type>& values, typename B::stream_type s) {
+      be.prologue(layer, plan, values, s);
+    };
+
+/// Optional: a backend with one call for the gated norm as epilogue() writes it.
+template <class B, class T>
+concept has_fused_epilogue =
+    requires(const B& be, const gated_delta_net<T, typename B::memory_type>& layer,
+             const activations<T, typename B::memory_type>& values, tensor_ref<T, 2, typename B::memory_type> n,
+             typename B::stream_type s) { be.epilogue(layer, values, n, s); };
+
+/// qkv, halo, b, a -> q, k (unit length), v, g, beta.
+template <class T, class Backend>
+void prologue(const Backend& be, const gated_delta_net<T, typename Backend::memory_type>& layer,
+              const resident_plan<typename Backend::memory_type>& plan,
+              const activations<T, typename Backend::memory_type>& act, typename Backend::stream_type s) {
+  if constexpr (has_fused_prologue<Backend, T>) {
+    be.prologue(layer, plan, act, s);
+  } else {
+    using view = tensor_ref<const T, 2, typename Backend::memory_type>;
+    const layer_dims& d = layer.dims;
+    const view qkv = rows(act.qkv, 0, plan.host.compute_rows);  // [L, Dc]
+    const view convolved = act.convolved;
+    be.causal_conv1d_forward(plan.conv_segments, qkv, act.halo, layer.weights.conv1d, activation::silu, act.convolved,
+                             s);
+    be.l2norm_forward(split_columns(columns(convolved, 0, d.keys()), d.key_heads, d.key_dim), d.l2_eps, act.q,
+                      act.rstd_q, s);
+    be.l2norm_forward(split_columns(columns(convolved, d.keys(), d.keys()), d.key_heads, d.key_dim), d.l2_eps, act.k,
+                      act.rstd_k, s);
+    be.gates_forward(act.a, act.b, layer.weights.A_log, layer.weights.dt_bias, act.g, act.beta, s);
+  }
+}
+
+/// o, z -> n [L, Hv V], the gated RMS norm.
+template <class T, class Backend>
+void epilogue(const Backend& be, const gated_delta_net<T, typename Backend::memory_type>& layer,
+              const activations<T, typename Backend::memory_type>& act,
+              tensor_ref<T, 2, typename Backend::memory_type> n, typename Backend::stream_type s) {
+  if constexpr (has_fused_epilogue<Backend, T>) {
+    be.epilogue(layer, act, n, s);
+  } else {
+    using view = tensor_ref<const T, 2, typename Backend::memory_type>;
+    const layer_dims& d = layer.dims;
+    be.gated_norm_forward(split_columns(view(act.o), d.value_heads, d.value_dim),
+                          split_columns(view(act.z), d.value_heads, d.value_dim), layer.weights.norm, d.norm_eps,
+                          split_columns(n, d.value_heads, d.value_dim), act.rstd_o, s);
+  }
+}
+
+}  // namespace v0
+}  // namespace gdn
