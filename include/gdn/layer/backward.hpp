@@ -21,9 +21,6 @@ struct backward_buffers {
   tensor_ref<T, 2, Memory> da, db;           // [L, Hv]
   tensor_ref<T, 2, Memory> dqkv;             // [L + state rows, Dc]
   tensor_ref<T, 2, Memory> d_halo;           // [halo rows + tail rows, Dc]
-  summaries_ref<T, Memory> summaries;        // of the reverse chain
-  states_ref<T, Memory> dht;                 // [plan.dht_states, Hv, K, V]
-  states_ref<T, Memory> dh0;                 // [plan.entering_states, Hv, K, V]
 
   static backward_buffers take(workspace<Memory>& ws, const layer_dims& d, const cp_plan& p) {
     const index_t L = p.compute_rows;
@@ -44,9 +41,6 @@ struct backward_buffers {
     b.db = ws.template take<T>(L, d.value_heads);
     b.dqkv = ws.template take<T>(L + p.halo.state_rows, d.channels());
     b.d_halo = ws.template take<T>(p.halo.rows(), d.channels());
-    b.summaries = ws.template take<A>(p.reverse_chain.elements);
-    b.dht = ws.template take<A>(p.dht_states, d.value_heads, d.key_dim, d.value_dim);
-    b.dh0 = ws.template take<A>(p.entering_states, d.value_heads, d.key_dim, d.value_dim);
     return b;
   }
 };
@@ -62,35 +56,11 @@ void rebuild(const Backend& be, const gated_delta_net<T, Memory>& layer, const r
   if (all) project_in(be, layer, act, s);
   prologue<T>(be, layer, plan, act, s);
   if (all) {
-    be.delta_rule_prepare(problem, act.rule_inputs(d), act.prepared, s);
-    be.delta_rule_forward(problem, act.rule_inputs(d), act.prepared, act.h0,
+    be.delta_rule_prepare(problem, act.rule_inputs(d), act.rule.prepared, s);
+    be.delta_rule_forward(problem, act.rule_inputs(d), act.rule.prepared, act.rule.h0,
                           split_columns(act.o, d.value_heads, d.value_dim), states_ref<T, Memory>{}, ws, s);
   }
   epilogue<T>(be, layer, act, n, s);
-}
-
-/// History rows back to the tokens and states that they came from.
-template <class T, communicator Comm, class Backend, memory_kind Memory>
-void return_history(const Backend& be, Comm& comm, const resident_plan<Memory>& plan,
-                    const state_gradients<T, Memory>& states, const backward_buffers<T, Memory>& g,
-                    workspace<Memory>& ws, typename Backend::stream_type s) {
-  const halo_plan& halo = plan.host.halo;
-  const index_t W = plan.host.shape.conv_width;
-  if (halo.tail_rows > 0) {
-    const auto tail = state_matrices(g.d_halo, halo.halo_rows, halo.tail_rows, W);
-    if (states.final_conv.data() != nullptr) {
-      be.swap_axes(states.final_conv, tail, s);
-    } else {
-      be.fill_zero(rows(g.d_halo, halo.halo_rows, halo.tail_rows), s);
-    }
-  }
-  if (halo.state_rows > 0) be.fill_zero(rows(g.dqkv, plan.host.compute_rows, halo.state_rows), s);
-  exchange_rows_add<T>(be, comm, plan.halo_adjoint, g.d_halo, g.dqkv, ws, s);
-  if (halo.state_rows > 0 && states.initial_conv.data() != nullptr) {
-    be.swap_axes(
-        tensor_ref<const T, 3, Memory>(state_matrices(g.dqkv, plan.host.compute_rows, halo.state_rows, W)),
-        states.initial_conv, s);
-  }
 }
 
 template <class T, communicator Comm, class Backend, memory_kind Memory>
@@ -99,13 +69,10 @@ void backward(const Backend& be, Comm& comm, const gated_delta_net<T, Memory>& l
               const state_gradients<T, Memory>& states, const layer_gradients<T, Memory>& grad,
               const activations<T, Memory>& act, keep_policy policy, workspace<Memory>& ws,
               typename Backend::stream_type s) {
-  using A = accumulate_t<T>;
   using view2 = tensor_ref<const T, 2, Memory>;
   using view3 = tensor_ref<const T, 3, Memory>;
   const layer_dims& d = layer.dims;
   const cp_plan& p = plan.host;
-  const auto problem = rule_problem<T>(d.key_heads, plan);
-  const auto in = act.rule_inputs(d);
   const auto g = backward_buffers<T, Memory>::take(ws, d, p);
   const auto heads = [&](const auto& t) { return split_columns(t, d.value_heads, d.value_dim); };  // [L, Hv, V]
   const auto key_columns = [&](const auto& t, index_t i) {                                          // [L, Hk, K]
@@ -115,42 +82,30 @@ void backward(const Backend& be, Comm& comm, const gated_delta_net<T, Memory>& l
   const auto dxs = p.undo_is_identity() ? dx : g.dxs;
 
   rebuild<T>(be, layer, plan, act, policy, g.n, ws, s);
-  const view2 dys = undo<T>(be, comm, plan, dy, g.dys, ws, s);                                   //  1 [L, hid]
-  be.linear_backward_weight(dys, view2(g.n), grad.out_proj, s);                                  //  2
-  be.linear_backward_input(dys, layer.weights.out_proj, g.dn, false, s);                         //    [L, Hv V]
+  const view2 dys = undo<T>(be, comm, plan, dy, g.dys, ws, s);                                       // [L, hid]
+  be.linear_backward_weight(dys, view2(g.n), grad.out_proj, s);
+  be.linear_backward_input(dys, layer.weights.out_proj, g.dn, false, s);                             // [L, Hv V]
   be.gated_norm_backward(heads(view2(g.dn)), heads(view2(act.o)), heads(view2(act.z)), layer.weights.norm, act.rstd_o,
-                         heads(g.d_o), heads(g.dz), grad.norm, s);                               //  3
-  place_states<A>(be, states.final_, g.dht, p.leaving_states, s);                                //    [., Hv, K, V]
-  be.delta_rule_summarise_gradient(problem, in, act.prepared, heads(view2(g.d_o)), g.dht, plan.reverse_chain.published,
-                                   act.own, g.summaries, ws, s);                                 //  4
-  share_summaries<A>(be, comm, plan.reverse_chain, p.shape.summary, g.summaries, ws, s);         //  5
-  be.fold(d.value_heads, d.key_dim, d.value_dim, plan.reverse_chain.folds, plan.reverse_chain.links, g.summaries,
-          g.dht, s);                                                                             //  6
-  be.delta_rule_backward(problem, in, act.prepared, act.h0, heads(view2(g.d_o)), g.dht,
-                         delta_rule_gradients<T, Memory>{g.dq, g.dk, d_v, g.dg, g.d_beta}, g.dh0, ws, s);  //  7
+                         heads(g.d_o), heads(g.dz), grad.norm, s);
+  cp::gated_delta_rule_backward<T>(be, comm, plan, act.rule_inputs(d), heads(view2(g.d_o)), states.final_,
+                                   {g.dq, g.dk, d_v, g.dg, g.d_beta}, states.initial, act.rule, ws, s);
   be.gates_backward(g.dg, g.d_beta, act.a, act.b, layer.weights.A_log, layer.weights.dt_bias, g.da, g.db, grad.A_log,
-                    grad.dt_bias, s);                                                            //  8
+                    grad.dt_bias, s);                                                                // [L, Hv]
   be.l2norm_backward(view3(g.dq), view3(act.q), act.rstd_q, key_columns(g.d_convolved, 0), s);
   be.l2norm_backward(view3(g.dk), view3(act.k), act.rstd_k, key_columns(g.d_convolved, 1), s);
-  be.causal_conv1d_backward(plan.conv_segments, view2(rows(act.qkv, 0, p.compute_rows)), act.halo,
-                            layer.weights.conv1d, activation::silu, g.d_convolved, rows(g.dqkv, 0, p.compute_rows),
-                            g.d_halo, grad.conv1d, s);                                           //  9 [., Dc]
-  return_history<T>(be, comm, plan, states, g, ws, s);                                           // 10
+  cp::causal_conv1d_backward<T>(be, comm, plan, act.qkv, act.halo, layer.weights.conv1d, activation::silu,
+                                g.d_convolved, states.final_conv, g.dqkv, g.d_halo, grad.conv1d, states.initial_conv,
+                                ws, s);                                                              // [L, Dc]
   const view2 dqkv = rows(g.dqkv, 0, p.compute_rows);
-  be.linear_backward_weight(dqkv, act.xs, grad.in_proj_qkv, s);                                  // 11
+  be.linear_backward_weight(dqkv, act.xs, grad.in_proj_qkv, s);
   be.linear_backward_weight(view2(g.dz), act.xs, grad.in_proj_z, s);
   be.linear_backward_weight(view2(g.db), act.xs, grad.in_proj_b, s);
   be.linear_backward_weight(view2(g.da), act.xs, grad.in_proj_a, s);
-  be.linear_backward_input(dqkv, layer.weights.in_proj_qkv, dxs, false, s);                      //    [L, hid]
+  be.linear_backward_input(dqkv, layer.weights.in_proj_qkv, dxs, false, s);                          // [L, hid]
   be.linear_backward_input(view2(g.dz), layer.weights.in_proj_z, dxs, true, s);
   be.linear_backward_input(view2(g.db), layer.weights.in_proj_b, dxs, true, s);
   be.linear_backward_input(view2(g.da), layer.weights.in_proj_a, dxs, true, s);
-  redo<T>(be, comm, plan, dxs, dx, ws, s);                                                       // 12 caller's layout
-
-  if (states.initial.data() != nullptr) {
-    place_states<A>(be, g.dh0, states.initial, p.entering_states, s);
-    pass_empty<A>(be, p, states.final_, states.initial, true, s);
-  }
+  redo<T>(be, comm, plan, dxs, dx, ws, s);                                                           // caller's layout
 }
 
 }  // namespace detail

@@ -12,13 +12,11 @@ namespace detail {
 /// What forward takes from the workspace for its whole length.
 template <class T, memory_kind Memory>
 struct forward_buffers {
-  summaries_ref<T, Memory> summaries;  // of the chain
-  tensor_ref<T, 2, Memory> n;          // [L, Hv V]
-  tensor_ref<T, 2, Memory> ys;         // [L, hid], or nothing where y is in compute order
+  tensor_ref<T, 2, Memory> n;   // [L, Hv V]
+  tensor_ref<T, 2, Memory> ys;  // [L, hid], or nothing where y is in compute order
 
   static forward_buffers take(workspace<Memory>& ws, const layer_dims& d, const cp_plan& p) {
     forward_buffers b;
-    b.summaries = ws.template take<accumulate_t<T>>(p.chain.elements);
     b.n = ws.template take<T>(p.compute_rows, d.values());
     b.ys = ws.template take<T>(p.undo_is_identity() ? index_t{0} : p.compute_rows, d.hidden);
     return b;
@@ -29,34 +27,21 @@ template <class T, communicator Comm, class Backend, memory_kind Memory>
 void forward(const Backend& be, Comm& comm, const gated_delta_net<T, Memory>& layer, const resident_plan<Memory>& plan,
              tensor_ref<const T, 2, Memory> x, tensor_ref<T, 2, Memory> y, const sequence_states<T, Memory>& states,
              activations<T, Memory>& act, workspace<Memory>& ws, typename Backend::stream_type s) {
-  using A = accumulate_t<T>;
   const layer_dims& d = layer.dims;
   const cp_plan& p = plan.host;
-  const auto problem = rule_problem<T>(d.key_heads, plan);
   const auto buffer = forward_buffers<T, Memory>::take(ws, d, p);
-  const auto in = act.rule_inputs(d);
   const auto o = split_columns(act.o, d.value_heads, d.value_dim);
   const auto ys = p.undo_is_identity() ? y : buffer.ys;
 
-  act.xs = undo<T>(be, comm, plan, x, act.moved, ws, s);                                         //  1 [L, hid]
-  project_in(be, layer, act, s);                                                                 //  2 qkv | z | b | a
-  fetch_history<T>(be, comm, plan, states, act, ws, s);                                          //  3 [., Dc]
-  prologue<T>(be, layer, plan, act, s);                                                          //  4 q, k, v, g, beta
-  be.delta_rule_prepare(problem, in, act.prepared, s);                                           //  5
-  place_states<A>(be, states.initial, act.h0, p.entering_states, s);                             //    [N, Hv, K, V]
-  be.delta_rule_summarise(problem, in, act.prepared, plan.chain.published, act.h0, buffer.summaries, ws, s);  //  6
-  share_summaries<A>(be, comm, plan.chain, p.shape.summary, buffer.summaries, ws, s);            //  7
-  be.fold(d.value_heads, d.key_dim, d.value_dim, plan.chain.folds, plan.chain.links, buffer.summaries, act.h0, s);  //  8
-  be.delta_rule_forward(problem, in, act.prepared, act.h0, o, states.final_, ws, s);             //  9 [L, Hv, V]
-  pass_empty<A>(be, p, states.initial, states.final_, false, s);
-  epilogue<T>(be, layer, act, buffer.n, s);                                                      // 10 [L, Hv V]
-  be.linear_forward(buffer.n, layer.weights.out_proj, ys, s);                                    // 11 [L, hid]
-  redo<T>(be, comm, plan, ys, y, ws, s);                                                         // 12 caller's layout
-
-  if (act.own.size() > 0) {  // transitions for backward
-    be.copy_rows(make_tensor<Memory>(static_cast<const A*>(buffer.summaries.data()), 1, act.own.size()),
-                 make_tensor<Memory>(act.own.data(), 1, act.own.size()), s);
-  }
+  act.xs = undo<T>(be, comm, plan, x, act.moved, ws, s);                                             // [L, hid]
+  project_in(be, layer, act, s);                                                                     // qkv | z | b | a
+  fetch_history<T>(be, comm, plan, act.qkv, states.initial_conv, act.halo, states.final_conv, ws, s);  // [., Dc]
+  prologue<T>(be, layer, plan, act, s);                                                              // q, k, v, g, beta
+  cp::gated_delta_rule<T>(be, comm, plan, act.rule_inputs(d), states.initial, o, states.final_, act.rule, ws,
+                          s);                                                                        // [L, Hv, V]
+  epilogue<T>(be, layer, act, buffer.n, s);                                                          // [L, Hv V]
+  be.linear_forward(buffer.n, layer.weights.out_proj, ys, s);                                        // [L, hid]
+  redo<T>(be, comm, plan, ys, y, ws, s);                                                             // caller's layout
 }
 
 }  // namespace detail

@@ -2,9 +2,6 @@
 #pragma once
 /// @file  A layer as a value: its sizes and its weights; and what a plan must know of it.
 
-#include <cmath>
-
-#include <gdn/concepts/gated_delta_rule.hpp>
 #include <gdn/layer/dims.hpp>
 #include <gdn/layer/parameters.hpp>
 #include <gdn/plan/resident.hpp>
@@ -29,23 +26,6 @@ template <sequence_layout Layout>
 cp_plan plan_layer(const layer_dims& d, const Layout& layout, const packing& pack, const plan_options& options,
                    int rank, index_t chunk = 64) {
   return plan_context_parallel(layout, pack, shape_of(d, chunk), d.channels(), options, rank);
-}
-
-/// The delta rule of one rank, as its plan cuts it.
-template <class T, memory_kind Memory>
-delta_rule_problem<T, Memory> rule_problem(index_t key_heads, const resident_plan<Memory>& plan) {
-  const cp_plan& p = plan.host;
-  const summary_shape& s = p.shape.summary;
-  return {p.compute_rows,
-          key_heads,
-          s.heads,
-          s.key_dim,
-          s.value_dim,
-          p.shape.chunk,
-          p.chunks,
-          p.longest_segment,
-          static_cast<accumulate_t<T>>(1.0 / std::sqrt(static_cast<double>(s.key_dim))),
-          plan.rule_segments};
 }
 
 /// @throws metadata_error if the plan was made for a layer of other sizes

@@ -25,19 +25,17 @@ template <class T, class Backend>
 layer_requirements requirements(const Backend& be, const layer_dims& d,
                                 const resident_plan<typename Backend::memory_type>& plan, keep_policy policy) {
   using memory = typename Backend::memory_type;
-  using A = accumulate_t<T>;
   const cp_plan& p = plan.host;
-  const auto problem = rule_problem<T>(d.key_heads, plan);
-  const index_t prepared = be.delta_rule_prepared(problem);
+  const index_t prepared = be.delta_rule_prepared(rule_problem<T>(d.key_heads, plan));
   const auto with_scratch = [](workspace<memory>& ws, std::initializer_list<memory_requirement> calls) {
     std::size_t most = 0;
     for (const memory_requirement& r : calls) most = std::max(most, r.bytes);
     ws.template take<std::byte>(static_cast<index_t>(most));
     return ws.peak();
   };
-  const auto moves = [&](const exchange_plan& e, index_t width, bool add) {
-    return exchange_scratch<T, memory>(e, width, add, p.rank);
-  };
+  const auto moves = [&](const exchange_plan& e) { return exchange_scratch<T, memory>(e, d.hidden, false, p.rank); };
+  const auto scratch = {moves(p.undo), moves(p.redo), history_scratch<T, memory>(p, d.channels()),
+                        rule_scratch<T>(be, d.key_heads, plan)};
 
   layer_requirements out;
   workspace<memory> tape;
@@ -48,18 +46,13 @@ layer_requirements requirements(const Backend& be, const layer_dims& d,
   activations<T, memory> act;
   act.take_rest(forward, d, p, prepared, policy);
   detail::forward_buffers<T, memory>::take(forward, d, p);
-  out.forward = with_scratch(forward, {moves(p.undo, d.hidden, false), moves(p.redo, d.hidden, false),
-                                       moves(p.halo.exchange, d.channels(), false),
-                                       share_scratch<A, memory>(p.chain, p.rank), be.delta_rule_scratch(problem)});
+  out.forward = with_scratch(forward, scratch);
   if (policy == keep_policy::nothing) return out;
 
   workspace<memory> backward;
   act.take_rest(backward, d, p, prepared, policy);
   detail::backward_buffers<T, memory>::take(backward, d, p);
-  out.backward = with_scratch(
-      backward, {moves(p.undo, d.hidden, false), moves(p.redo, d.hidden, false),
-                 moves(p.halo.exchange.inverse(), d.channels(), true),
-                 share_scratch<A, memory>(p.reverse_chain, p.rank), be.delta_rule_scratch(problem)});
+  out.backward = with_scratch(backward, scratch);
   return out;
 }
 

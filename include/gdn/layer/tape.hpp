@@ -6,6 +6,7 @@
 
 #include <gdn/concepts/backend.hpp>
 #include <gdn/core/workspace.hpp>
+#include <gdn/cp/gated_delta_rule.hpp>
 #include <gdn/layer/gated_delta_net.hpp>
 
 namespace gdn {
@@ -26,14 +27,12 @@ struct activations {
   // What came from other ranks, and the states: on every tape.
   tensor_ref<T, 2, Memory> moved;      ///< [L, hid], or nothing where x is already in compute order
   tensor_ref<T, 2, Memory> halo;       ///< [halo rows + tail rows, Dc]
-  states_ref<T, Memory> h0;            ///< [plan.h0_states, Hv, K, V]
-  summaries_ref<T, Memory> own;        ///< summaries that this rank published: backward needs its transitions
+  rule_tape<T, Memory> rule;           ///< states and summaries; its `prepared` is costly, see below
 
   // What is costly to rebuild.
   tensor_ref<T, 2, Memory> qkv;        ///< [L + state rows, Dc]
   tensor_ref<T, 2, Memory> z;          ///< [L, Hv V]
   tensor_ref<T, 2, Memory> b, a;       ///< [L, Hv]
-  summaries_ref<T, Memory> prepared;   ///< chunk inverses
   tensor_ref<T, 2, Memory> o;          ///< [L, Hv V]
   tensor_ref<A, 2, Memory> rstd_o;     ///< [L, Hv]
 
@@ -47,8 +46,7 @@ struct activations {
   void take_received(workspace<Memory>& m, const layer_dims& d, const cp_plan& p) {
     moved = m.template take<T>(p.undo_is_identity() ? index_t{0} : p.compute_rows, d.hidden);
     halo = m.template take<T>(p.halo.rows(), d.channels());
-    h0 = m.template take<A>(p.h0_states, d.value_heads, d.key_dim, d.value_dim);
-    own = m.template take<A>(p.chain.published_elements);
+    rule.take_states(m, p);
   }
   void take_costly(workspace<Memory>& m, const layer_dims& d, const cp_plan& p, index_t prepared_elements) {
     const index_t L = p.compute_rows;
@@ -56,7 +54,7 @@ struct activations {
     z = m.template take<T>(L, d.values());
     b = m.template take<T>(L, d.value_heads);
     a = m.template take<T>(L, d.value_heads);
-    prepared = m.template take<A>(prepared_elements);
+    rule.take_prepared(m, prepared_elements);
     o = m.template take<T>(L, d.values());
     rstd_o = m.template take<A>(L, d.value_heads);
   }
