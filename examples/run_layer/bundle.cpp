@@ -277,8 +277,8 @@ std::optional<gdn::diagnostic> exceeds_memory(const options& o, const bundle& b)
   const double states = real(b.packing.documents()) * heads * real(d.key_dim) * real(d.value_dim);
   const double summary = heads * real(d.key_dim) * (real(d.key_dim) + real(d.value_dim));
   const double activations = real(b.packing.tokens()) * (real(d.channels()) + 2 * real(d.values()));
-  // The gathered results are in double; everything else is there at least once.
-  const double bytes = (value + 8) * states + value * activations + (o.ranks > 1 ? value * summary : 0);
+  // States and their gradients, initial and final, are there at once, and the gathered results are in double.
+  const double bytes = (4 * value + 8) * states + value * activations + (o.ranks > 1 ? value * summary : 0);
   const double limit = memory_limit();
   if (bytes <= limit) return std::nullopt;
   return diagnostic{say(o.bundle + ": the run needs", static_cast<index_t>(bytes / 1048576), "MiB or more of memory,",

@@ -1,27 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 // gdn-run: runs a layer bundle over several ranks and compares the results.
 
-#include <cstdio>
+#include <cstdint>
 #include <exception>
 #include <filesystem>
+#include <memory>
 #include <new>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include <gdn/core/error.hpp>
 #include <gdn/io/file.hpp>
 
 #include "bundle.hpp"
+#include "job.hpp"
 #include "options.hpp"
 #include "report.hpp"
 #include "run.hpp"
 
 namespace {
 
-enum exit_status { within_limits = 0, out_of_limits = 1, bad_input = 2, failed = 3 };
+using gdn_run::ending;
 
 bool same_file(const std::string& a, const std::string& b) {
   namespace fs = std::filesystem;
@@ -54,14 +56,26 @@ void expects_writable(const char* option, const std::string& path, const std::ve
   create(option, path);
 }
 
-int run(const gdn_run::options& o) {
-  const gdn_run::bundle b = gdn_run::load_bundle(o.bundle);
-  const gdn::fragment_table layout = gdn_run::make_layout_table(o, b);
-  expects_writable("--out", o.out, {o.bundle, o.json});
-  expects_writable("--json", o.json, {o.bundle, o.out});
-  if (const auto found = exceeds_memory(o, b)) throw gdn::backend_error(found->text);
+/// What a step did, or why it could not.
+template <class F>
+ending attempt(F&& step) {
+  try {
+    return step();
+  } catch (const gdn_run::usage_error& e) {
+    return {gdn_run::bad_input, e.what()};
+  } catch (const gdn::metadata_error& e) {
+    return {gdn_run::bad_input, e.what()};
+  } catch (const gdn::shape_error& e) {
+    return {gdn_run::bad_input, e.what()};
+  } catch (const std::bad_alloc&) {
+    return {gdn_run::failed, "out of memory"};
+  } catch (const std::exception& e) {
+    return {gdn_run::failed, e.what()};
+  }
+}
 
-  const gdn_run::run_result r = gdn_run::run_layer(o, b, layout);
+/// Compares and writes; only on the root.
+ending conclude(const gdn_run::options& o, const gdn_run::bundle& b, const gdn_run::run_result& r) {
   const std::vector<gdn_run::comparison> table = gdn_run::compare_all(o, b, r);
   // Neither file gets its name before both are complete.
   std::optional<gdn::replacement_file> out;
@@ -70,36 +84,56 @@ int run(const gdn_run::options& o) {
   if (!o.json.empty()) json.emplace(create("--json", o.json)).write(gdn_run::to_json(r, table));
   if (json) json->commit();
   if (out) out->commit();
-  std::fputs(gdn_run::to_text(o, b, r, table).c_str(), stdout);
-  return gdn_run::all_within_limits(table) ? within_limits : out_of_limits;
+  return {gdn_run::all_within_limits(table) ? gdn_run::within_limits : gdn_run::out_of_limits,
+          gdn_run::to_text(o, b, r, table)};
 }
 
-/// One line, whatever a file's name or a message holds.
-int fail(exit_status status, std::string_view text) {
-  std::string line = "gdn-run: ";
-  for (const char c : text) line += static_cast<unsigned char>(c) < 0x20 || c == 0x7f ? '?' : c;
-  std::fputs((line + "\n").c_str(), stderr);
-  return status;
+/// The steps of a run; behind each all processes know how it went on the others.
+ending run(gdn_run::options o, gdn_run::job& job) {
+  ending e = job.agree(attempt([&] {
+    job.adopt(o);
+    return ending{};
+  }));
+  if (!e.goes_on()) return e;
+
+  std::optional<gdn_run::bundle> b;
+  gdn::fragment_table layout;
+  std::uint64_t fingerprint = 0;
+  e = attempt([&] {
+    b = gdn_run::load_bundle(o.bundle);
+    layout = gdn_run::make_layout_table(o, *b);
+    if (job.root()) {
+      expects_writable("--out", o.out, {o.bundle, o.json});
+      expects_writable("--json", o.json, {o.bundle, o.out});
+    }
+    if (const auto found = exceeds_memory(o, *b)) throw gdn::backend_error(found->text);
+    job.expect_work(seconds_of_work(o, *b));
+    if (o.comm == gdn_run::comm_kind::mpi) fingerprint = gdn_run::fingerprint(o, *b);
+    return ending{};
+  });
+  e = job.agree(std::move(e), fingerprint);
+  if (!e.goes_on()) return e;
+
+  gdn_run::run_result r;
+  e = job.agree(attempt([&] {
+    r = gdn_run::run_layer(o, *b, layout);
+    return ending{};
+  }));
+  if (!e.goes_on()) return e;
+  return job.agree(attempt([&] { return job.root() ? conclude(o, *b, r) : ending{}; }));
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    const std::vector<std::string> arguments(argv + (argc > 0 ? 1 : 0), argv + argc);
-    const gdn_run::command command = gdn_run::parse_command(arguments);
-    if (command.run) return run(*command.run);
-    std::fputs(command.text.c_str(), stdout);
-    return within_limits;
-  } catch (const gdn_run::usage_error& e) {
-    return fail(bad_input, e.what());
-  } catch (const gdn::metadata_error& e) {
-    return fail(bad_input, e.what());
-  } catch (const gdn::shape_error& e) {
-    return fail(bad_input, e.what());
-  } catch (const std::bad_alloc&) {
-    return fail(failed, "out of memory");
-  } catch (const std::exception& e) {
-    return fail(failed, e.what());
-  }
+  const std::vector<std::string> arguments(argv + (argc > 0 ? 1 : 0), argv + argc);
+  gdn_run::command command;
+  const ending parsed = attempt([&] {
+    command = gdn_run::parse_command(arguments);
+    return ending{gdn_run::within_limits, command.text};
+  });
+  const std::unique_ptr<gdn_run::job> job = gdn_run::make_job(arguments, command.run);
+  ending e = job->agree(parsed, command.run ? 1 : 2);
+  if (e.goes_on() && command.run) e = run(*command.run, *job);
+  return job->finish(e);
 }

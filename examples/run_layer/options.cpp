@@ -27,12 +27,23 @@ struct choice {
   bool built = true;  // known to this program, but not in it yet
 };
 
+#if defined(GDN_RUN_CUDA)
+constexpr bool cuda = true;
+#else
+constexpr bool cuda = false;
+#endif
+#if defined(GDN_RUN_MPI)
+constexpr bool mpi = true;
+#else
+constexpr bool mpi = false;
+#endif
+
 constexpr std::array<choice<comm_kind>, 4> comms = {{{"threads", comm_kind::threads},
-                                                     {"mpi", comm_kind::mpi, false},
-                                                     {"local", comm_kind::local, false},
+                                                     {"mpi", comm_kind::mpi, mpi},
+                                                     {"local", comm_kind::local, cuda},
                                                      {"nccl", comm_kind::nccl, false}}};
 constexpr std::array<choice<backend_kind>, 2> backends = {
-    {{"kokkos", backend_kind::kokkos}, {"cuda", backend_kind::cuda, false}}};
+    {{"kokkos", backend_kind::kokkos}, {"cuda", backend_kind::cuda, cuda}}};
 constexpr std::array<choice<layout_kind>, 5> layouts = {{{"contiguous", layout_kind::contiguous},
                                                          {"zigzag", layout_kind::zigzag},
                                                          {"zigzag-documents", layout_kind::zigzag_documents},
@@ -44,8 +55,8 @@ constexpr std::array<choice<gdn::share>, 3> shares = {
     {{"all-gather", gdn::share::all_gather}, {"prefix-scan", gdn::share::prefix_scan}, {"relay", gdn::share::relay}}};
 constexpr std::array<choice<gdn::dtype>, 4> types = {{{"f32", gdn::dtype::f32},
                                                       {"f64", gdn::dtype::f64},
-                                                      {"bf16", gdn::dtype::bf16, false},
-                                                      {"f16", gdn::dtype::f16, false}}};
+                                                      {"bf16", gdn::dtype::bf16},
+                                                      {"f16", gdn::dtype::f16}}};
 constexpr std::array<choice<rule_kind>, 2> rules = {
     {{"chunked", rule_kind::chunked}, {"recurrent", rule_kind::recurrent}}};
 
@@ -70,6 +81,7 @@ class choice_option {
     if (!at->built) throw usage_error(name_ + " " + text_ + " is not part of this gdn-run yet");
     return at->value;
   }
+  const std::string& text() const { return text_; }
 
  private:
   std::string name_;
@@ -120,12 +132,16 @@ command parse_command(std::span<const std::string> arguments) {
   std::string ranks = "1";
   std::string repeat = "1";
   std::string tolerance;
+  std::string deadline;
   bool no_grad = false;
   bool no_decode = false;
 
   app.set_version_flag("--version", version_text());
   const CLI::Option* bundle = app.add_option("BUNDLE", o.bundle, "The bundle")->type_name("");
-  app.add_option("--ranks", ranks, "Number of ranks P, 1 to 64")->type_name("P")->capture_default_str();
+  const CLI::Option* ranks_option =
+      app.add_option("--ranks", ranks, "Number of ranks P, 1 to 64; under mpirun its number of processes")
+          ->type_name("P")
+          ->capture_default_str();
   const choice_option comm(app, "--comm", comms, "How ranks talk");
   const choice_option backend(app, "--backend", backends, "What computes");
   const choice_option layout(app, "--layout", layouts, "Which rank holds which tokens");
@@ -147,6 +163,12 @@ command parse_command(std::span<const std::string> arguments) {
       ->type_name("N")
       ->capture_default_str();
 
+  const CLI::Option* deadline_option =
+      app.add_option("--deadline", deadline,
+                     "Seconds that --comm mpi waits for a process from which nothing comes; otherwise 5 and what the work "
+                     "may take")
+          ->type_name("X");
+
   std::vector<std::string> reversed(arguments.rbegin(), arguments.rend());  // as CLI11 wants them
   try {
     app.parse(std::move(reversed));
@@ -160,6 +182,8 @@ command parse_command(std::span<const std::string> arguments) {
 
   o.ranks = integer("--ranks", ranks, max_ranks);
   o.repeat = integer("--repeat", repeat, max_repeat);
+  o.ranks_given = ranks_option->count() > 0;
+  if (deadline_option->count() > 0) o.deadline = positive("--deadline", deadline);
   if (tolerance_option->count() > 0) o.tolerance = positive("--tolerance", tolerance);
   o.comm = comm.value();
   o.backend = backend.value();
@@ -170,6 +194,17 @@ command parse_command(std::span<const std::string> arguments) {
   o.rule = rule.value();
   o.grad = !no_grad;
   o.decode = !no_decode;
+  if (o.backend == backend_kind::cuda) {
+    if (app.count("--comm") == 0) o.comm = comm_kind::local;
+    if (o.comm == comm_kind::threads || o.comm == comm_kind::mpi) {
+      throw usage_error("--comm " + comm.text() + " moves host memory; --backend cuda needs local");
+    }
+    if (o.dtype == gdn::dtype::f64) throw usage_error("--dtype f64 is of --backend kokkos only");
+    if (o.rule == rule_kind::recurrent) throw usage_error("--rule recurrent is of --backend kokkos only");
+  } else if (o.comm == comm_kind::local) {
+    throw usage_error("--comm local moves device memory; it needs --backend cuda");
+  }
+  if (o.deadline && o.comm != comm_kind::mpi) throw usage_error("--deadline is of --comm mpi only");
   // Last: where an option lacks its value, the bundle's name was taken for it, and the option is to blame.
   if (bundle->count() == 0) throw usage_error("BUNDLE is missing; one file must be named");
   if (o.bundle.empty()) throw usage_error("BUNDLE is ''; it must name a file");

@@ -3,6 +3,8 @@
 /// @file  A bundle through the public API, as a host project would: one thread per rank, each with its own part.
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -15,7 +17,6 @@
 #include <utility>
 #include <vector>
 
-#include <gdn/comm/self.hpp>
 #include <gdn/comm/threads.hpp>
 #include <gdn/io/checkpoint.hpp>
 #include <gdn/layer/decode.hpp>
@@ -26,14 +27,16 @@
 
 namespace gdn_run {
 
-/// Memory of one rank, from which workspaces and tensors are made.
-class memory_block {
+/// Host memory of one rank, from which workspaces and tensors are made.
+class host_block {
  public:
-  explicit memory_block(gdn::memory_requirement need, std::byte fill = std::byte{0})
+  explicit host_block(gdn::memory_requirement need, std::byte fill = std::byte{0})
       : bytes_(need.bytes), data_(static_cast<std::byte*>(::operator new(bytes_ + 1, alignment))) {
     std::fill(data_.get(), data_.get() + bytes_, fill);
   }
-  gdn::workspace<gdn::host_memory> workspace() { return {data_.get(), bytes_}; }
+  gdn::workspace<gdn::host_memory> workspace() const { return {data_.get(), bytes_}; }
+  std::byte* data() const { return data_.get(); }
+  std::size_t bytes() const { return bytes_; }
 
  private:
   static constexpr std::align_val_t alignment{gdn::workspace<gdn::host_memory>::alignment};
@@ -47,6 +50,11 @@ class memory_block {
 /// Milliseconds of each phase: of the slowest rank, in the fastest repetition.
 class phase_clock {
  public:
+  struct entry {
+    std::array<char, 16> phase{};  ///< ends with 0
+    int repetition = 0;
+    double ms = 0;
+  };
   void add(const std::string& phase, int repetition, double ms) {
     const std::lock_guard lock(mutex_);
     auto at = std::find_if(phases_.begin(), phases_.end(), [&](const auto& p) { return p.first == phase; });
@@ -60,22 +68,41 @@ class phase_clock {
     for (const auto& [name, times] : phases_) out.emplace_back(name, *std::min_element(times.begin(), times.end()));
     return out;
   }
+  std::vector<entry> entries() const {
+    std::vector<entry> out;
+    for (const auto& [name, times] : phases_) {
+      for (std::size_t i = 0; i < times.size(); ++i) {
+        out.push_back({.repetition = static_cast<int>(i), .ms = times[i]});
+        name.copy(out.back().phase.data(), out.back().phase.size() - 1);
+      }
+    }
+    return out;
+  }
 
  private:
   std::mutex mutex_;
   std::vector<std::pair<std::string, std::vector<double>>> phases_;
 };
 
-/// A run of a layer of type T. `make_backend(threads)` makes the backend of one rank.
-template <class T, class MakeBackend>
+/// A run of a layer of type T on a platform, which offers
+///   memory, communicator, stream    types; stream of one rank
+///   make_backend(ranks)             the backend of one rank among several
+///   block(requirement, fill)        memory of that kind
+///   put(span, tensor, stream)       host elements into a contiguous tensor
+///   get(tensor, stream)             and back
+///   run_ranks(f)                    optional: f(communicator&) on every rank; otherwise they are threads
+template <class T, class Platform>
 class layer_run {
   using A = gdn::accumulate_t<T>;
-  using host = gdn::host_memory;
-  using workspace = gdn::workspace<host>;
+  using memory = typename Platform::memory;
+  using communicator = typename Platform::communicator;
+  using workspace = gdn::workspace<memory>;
+  template <class E, int R>
+  using tensor = gdn::tensor_ref<E, R, memory>;
 
  public:
-  layer_run(const options& o, const bundle& b, const gdn::fragment_table& layout, MakeBackend make_backend)
-      : o_(o), b_(b), d_(b.dims()), layout_(layout), make_backend_(std::move(make_backend)) {
+  layer_run(const options& o, const bundle& b, const gdn::fragment_table& layout, const Platform& platform)
+      : o_(o), b_(b), d_(b.dims()), layout_(layout), platform_(platform) {
     grad_ = o.grad && b.grad_output != nullptr;
     decode_ = o.decode && b.decode_hidden_states != nullptr;
     initial_gradient_ = grad_ && (b.expects_gradient_of("initial_state") || b.expects_gradient_of("initial_conv_state") ||
@@ -103,16 +130,34 @@ class layer_run {
       decode_recurrent_ = reserve("decode.recurrent_state", recurrent);
     }
 
-    workspace measure;
+    gdn::workspace<gdn::host_memory> measure;
     gdn::parameter_storage<T>::carve(measure, d_);
-    memory_block weights(measure.peak());
+    const host_block loaded(measure.peak());
+    auto loaded_ws = loaded.workspace();
+    gdn::load_parameters<T>(b_.file.content, parameter_prefix, d_, gdn::parameter_storage<T>::carve(loaded_ws, d_),
+                            b_.config.ssm);
+    const auto weights = platform_.block(measure.peak(), std::byte{0});
+    {
+      const auto s = platform_.make_stream();
+      auto bytes = weights.workspace();
+      platform_.put(std::span<const std::byte>(loaded.data(), loaded.bytes()),
+                    bytes.template take<std::byte>(static_cast<index_t>(loaded.bytes())), s);
+    }
     workspace weights_ws = weights.workspace();
-    const auto parameters = gdn::parameter_storage<T>::carve(weights_ws, d_);
-    gdn::load_parameters<T>(b_.file.content, parameter_prefix, d_, parameters, b_.config.ssm);
-    layer_ = {d_, parameters};
+    layer_ = {d_, gdn::parameter_storage<T, memory>::carve(weights_ws, d_)};
 
     result_.received.resize(static_cast<std::size_t>(o_.ranks));
-    gdn::run_on_threads(o_.ranks, [&](gdn::thread_communicator& comm) { rank(comm); });
+    const auto on_rank = [&](communicator& comm) {
+      rank(comm);
+      if constexpr (communicator::memory_type::host_accessible) {
+        if (o_.comm == comm_kind::mpi) gather(comm);
+      }
+    };
+    if constexpr (requires { platform_.run_ranks(on_rank); }) {
+      platform_.run_ranks(on_rank);
+    } else {
+      gdn::run_on_threads<communicator>(o_.ranks, on_rank);
+    }
     result_.tokens = b_.packing.tokens();
     result_.milliseconds = clock_.least();
     std::vector<gdn::named_values> results;
@@ -131,10 +176,11 @@ class layer_run {
     return tensors_.back().get();
   }
 
-  template <class F>
-  void timed(const char* phase, int repetition, F&& f) {
+  template <class Backend, class Stream, class F>
+  void timed(const char* phase, int repetition, const Backend& be, const Stream& s, F&& f) {
     const auto begin = std::chrono::steady_clock::now();
     f();
+    be.synchronize(s);
     const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - begin;
     clock_.add(phase, repetition, ms.count());
   }
@@ -157,110 +203,130 @@ class layer_run {
   static void write_rows(const E* from, index_t width, index_t row, gdn::named_values& to) {
     std::transform(from, from + width, to.values.data() + row * width, [](E v) { return static_cast<double>(v); });
   }
-  /// Entry i of `to` from row documents[i] of the bundle's tensor; zeros if the bundle lacks it.
-  template <class E>
-  static void read_documents(const gdn::tensor_entry* from, std::span<const index_t> documents, index_t width, E* to) {
-    if (from == nullptr) return;
-    const std::vector<double> values = gdn::values_of<double>(*from);
-    for (std::size_t i = 0; i < documents.size(); ++i) {
-      read_rows(std::span<const double>(values), documents[i], width, to + static_cast<index_t>(i) * width);
-    }
+  /// Rows of this rank from a tensor [B, S, hid] of the bundle.
+  template <class Stream>
+  void read_own(const gdn::tensor_entry& from, int rank, const tensor<T, 2>& to, const Stream& s) const {
+    const std::vector<double> values = gdn::values_of<double>(from);
+    std::vector<T> own(static_cast<std::size_t>(to.size()));
+    for_each_row(rank, [&](index_t row, index_t local) {
+      read_rows(std::span<const double>(values), row, d_.hidden, own.data() + local * d_.hidden);
+    });
+    platform_.put(std::span<const T>(own), to, s);
   }
-  template <class E>
-  static void write_documents(const E* from, std::span<const index_t> documents, index_t width, gdn::named_values* to) {
+  template <class Stream>
+  void write_own(const tensor<T, 2>& from, int rank, gdn::named_values& to, const Stream& s) const {
+    const std::vector<T> own = platform_.get(from, s);
+    for_each_row(rank, [&](index_t row, index_t local) {
+      write_rows(own.data() + local * d_.hidden, d_.hidden, row, to);
+    });
+  }
+  /// Entry i of `to` from row documents[i] of the bundle's tensor; zeros if the bundle lacks it.
+  template <class E, int R, class Stream>
+  void read_documents(const gdn::tensor_entry* from, std::span<const index_t> documents, const tensor<E, R>& to,
+                      const Stream& s) const {
+    std::vector<E> own(static_cast<std::size_t>(to.size()), static_cast<E>(0.0));
+    const std::vector<double> values = from == nullptr ? std::vector<double>{} : gdn::values_of<double>(*from);
+    const index_t width = documents.empty() ? 0 : to.size() / to.extent(0);
+    for (std::size_t i = 0; from != nullptr && i < documents.size(); ++i) {
+      read_rows(std::span<const double>(values), documents[i], width, own.data() + static_cast<index_t>(i) * width);
+    }
+    platform_.put(std::span<const E>(own), to, s);
+  }
+  template <class E, int R, class Stream>
+  void write_documents(const tensor<E, R>& from, std::span<const index_t> documents, gdn::named_values* to,
+                       const Stream& s) const {
+    const auto own = platform_.get(from, s);
+    const index_t width = documents.empty() ? 0 : from.size() / from.extent(0);
     for (std::size_t i = 0; i < documents.size(); ++i) {
-      write_rows(from + static_cast<index_t>(i) * width, width, documents[i], *to);
+      write_rows(own.data() + static_cast<index_t>(i) * width, width, documents[i], *to);
     }
   }
 
-  void rank(gdn::thread_communicator& comm) {
-    const gdn::host_stream s;
+  void rank(communicator& comm) {
+    const auto stream = platform_.make_stream();
+    const typename communicator::stream_type s = stream;
     const int me = comm.rank();
-    const auto be = make_backend_(o_.ranks);
-    const index_t state = d_.state_size();
-    const index_t conv = d_.channels() * d_.conv_width;
+    const auto be = platform_.make_backend(o_.ranks);
 
     // Plan.
     gdn::cp_plan plan;
-    timed("plan", 0, [&] {
+    timed("plan", 0, be, s, [&] {
       plan = gdn::plan_context_parallel(layout_, b_.packing, gdn::shape_of(d_), d_.channels(), plan_options_, o_.ranks,
                                         me);
     });
-    gdn::check_same_plan(comm, plan, s);
-    memory_block tables(gdn::resident_requirement<host>(plan));
+    const auto tables = platform_.block(gdn::resident_requirement<memory>(plan), std::byte{0});
     workspace tables_ws = tables.workspace();
-    const gdn::resident_plan<host> resident = gdn::upload(be, plan, tables_ws, s);
+    const gdn::resident_plan<memory> resident = gdn::upload(be, plan, tables_ws, s);
     const auto policy = grad_ ? gdn::keep_policy::everything : gdn::keep_policy::nothing;
     const gdn::layer_requirements need = gdn::requirements<T>(be, d_, resident, policy);
 
     // Memory, and this rank's part of the input.
     constexpr auto poison = std::byte{0xff};  // NaN: a read of what was not written shows
-    memory_block tape_memory(need.tape, poison);
+    const auto tape_memory = platform_.block(need.tape, poison);
     workspace tape_ws = tape_memory.workspace();
     auto tape = gdn::make_tape<T>(be, d_, resident, policy, tape_ws);
     const std::vector<int> to_root(static_cast<std::size_t>(plan.documents()), 0);
-    memory_block scratch({std::max({need.forward.bytes, need.backward.bytes,
-                                    gdn::reduce_requirement<T>(d_, o_.ranks).bytes,
-                                    gdn::delivery_requirement<T>(d_, plan, to_root).bytes,
-                                    gdn::decode_requirement<T>(d_, b_.batch).bytes})},
-                         poison);
+    const auto scratch = platform_.block({std::max({need.forward.bytes, need.backward.bytes,
+                                                    gdn::reduce_requirement<T, memory>(d_, o_.ranks).bytes,
+                                                    gdn::delivery_requirement<T, memory>(d_, plan, to_root).bytes,
+                                                    gdn::decode_requirement<T>(be, d_, b_.batch).bytes})},
+                                         poison);
     workspace ws = scratch.workspace();
     const auto n_in = static_cast<index_t>(plan.entering.size());
     const auto n_out = static_cast<index_t>(plan.leaving.size());
     struct io {
-      gdn::tensor_ref<T, 2> x, y, dy, dx;
-      gdn::states_ref<T, host> initial, final_, d_final, d_initial;
-      gdn::tensor_ref<T, 3> initial_conv, final_conv, d_final_conv, d_initial_conv;
-      gdn::layer_gradients<T> grad;
+      tensor<T, 2> x, y, dy, dx;
+      gdn::states_ref<T, memory> initial, final_, d_final, d_initial;
+      tensor<T, 3> initial_conv, final_conv, d_final_conv, d_initial_conv;
     };
     const auto carve = [&](workspace& m) {
-      const auto rows = [&] { return m.take<T>(plan.caller_rows, d_.hidden); };
-      const auto states = [&](index_t n) { return m.take<A>(n, d_.value_heads, d_.key_dim, d_.value_dim); };
-      const auto convs = [&](index_t n) { return m.take<T>(n, d_.channels(), d_.conv_width); };
-      return io{rows(),       rows(),       rows(),       rows(),      states(n_in), states(n_out), states(n_out),
-                states(n_in), convs(n_in),  convs(n_out), convs(n_out), convs(n_in),
-                gdn::layer_gradients<T>::carve(m, d_)};
+      const auto rows = [&] { return m.template take<T>(plan.caller_rows, d_.hidden); };
+      const auto states = [&](index_t n) { return m.template take<A>(n, d_.value_heads, d_.key_dim, d_.value_dim); };
+      const auto convs = [&](index_t n) { return m.template take<T>(n, d_.channels(), d_.conv_width); };
+      return io{rows(),       rows(),      rows(),       rows(),       states(n_in), states(n_out),
+                states(n_out), states(n_in), convs(n_in), convs(n_out), convs(n_out), convs(n_in)};
     };
     workspace measure;
     carve(measure);
-    memory_block io_memory(measure.peak());
+    const auto io_memory = platform_.block(measure.peak(), poison);
     workspace io_ws = io_memory.workspace();
     const io t = carve(io_ws);
-    {
-      const std::vector<double> x = gdn::values_of<double>(*b_.hidden_states);
-      for_each_row(me, [&](index_t row, index_t local) {
-        read_rows(std::span<const double>(x), row, d_.hidden, &t.x(local, 0));
-      });
-    }
-    read_documents(b_.initial_state, plan.entering, state, t.initial.data());
-    read_documents(b_.initial_conv_state, plan.entering, conv, t.initial_conv.data());
+    workspace measure_gradients;
+    gdn::layer_gradients<T, memory>::carve(measure_gradients, d_);
+    const auto gradient_memory = platform_.block(measure_gradients.peak(), poison);
+    workspace gradient_ws = gradient_memory.workspace();
+    const auto gradients = gdn::layer_gradients<T, memory>::carve(gradient_ws, d_);
+    read_own(*b_.hidden_states, me, t.x, s);
+    read_documents(b_.initial_state, plan.entering, t.initial, s);
+    read_documents(b_.initial_conv_state, plan.entering, t.initial_conv, s);
     if (grad_) {
-      const std::vector<double> dy = gdn::values_of<double>(*b_.grad_output);
-      for_each_row(me, [&](index_t row, index_t local) {
-        read_rows(std::span<const double>(dy), row, d_.hidden, &t.dy(local, 0));
-      });
-      read_documents(b_.grad_recurrent_state, plan.leaving, state, t.d_final.data());
-      read_documents(b_.grad_conv_state, plan.leaving, conv, t.d_final_conv.data());
+      read_own(*b_.grad_output, me, t.dy, s);
+      read_documents(b_.grad_recurrent_state, plan.leaving, t.d_final, s);
+      read_documents(b_.grad_conv_state, plan.leaving, t.d_final_conv, s);
     }
 
     // Compute.
-    gdn::sequence_states<T> states{.initial = {}, .initial_conv = {}, .final_ = t.final_, .final_conv = t.final_conv};
+    gdn::sequence_states<T, memory> states{
+        .initial = {}, .initial_conv = {}, .final_ = t.final_, .final_conv = t.final_conv};
     if (plan_options_.initial_state) {
       states.initial = t.initial;
       states.initial_conv = t.initial_conv;
     }
-    gdn::state_gradients<T> d_states{.final_ = t.d_final, .final_conv = t.d_final_conv, .initial = {}, .initial_conv = {}};
+    gdn::state_gradients<T, memory> d_states{
+        .final_ = t.d_final, .final_conv = t.d_final_conv, .initial = {}, .initial_conv = {}};
     if (initial_gradient_) {
       d_states.initial = t.d_initial;
       d_states.initial_conv = t.d_initial_conv;
     }
     for (int i = 0; i < o_.repeat; ++i) {
-      timed("forward", i, [&] { gdn::forward(be, comm, layer_, resident, t.x, t.y, states, tape, ws, s); });
+      timed("forward", i, be, s, [&] { gdn::forward(be, comm, layer_, resident, t.x, t.y, states, tape, ws, s); });
       if (!grad_) continue;
-      t.grad.for_each([](std::string_view, const auto& g) { std::fill_n(g.data(), g.size(), A{0}); });
-      timed("backward", i,
-            [&] { gdn::backward(be, comm, layer_, resident, t.dy, t.dx, d_states, t.grad, tape, ws, s); });
-      timed("reduce", i, [&] { gdn::reduce_gradients<T>(be, comm, t.grad, ws, s); });
+      gradients.for_each([&](std::string_view, const auto& g) {
+        be.fill_zero(gdn::make_tensor<memory>(g.data(), 1, g.size()), s);
+      });
+      timed("backward", i, be, s,
+            [&] { gdn::backward(be, comm, layer_, resident, t.dy, t.dx, d_states, gradients, tape, ws, s); });
+      timed("reduce", i, be, s, [&] { gdn::reduce_gradients<T>(be, comm, gradients, ws, s); });
     }
     gdn::traffic& received = result_.received[static_cast<std::size_t>(me)];
     received = plan.forward_traffic(d_.hidden, sizeof(T), sizeof(A));
@@ -272,79 +338,127 @@ class layer_run {
     }
 
     // Results: every row and document has one owner, so ranks write different places.
-    for_each_row(me, [&](index_t row, index_t local) { write_rows(&t.y(local, 0), d_.hidden, row, *output_); });
-    write_documents(t.final_.data(), plan.leaving, state, recurrent_state_);
-    write_documents(t.final_conv.data(), plan.leaving, conv, conv_state_);
+    write_own(t.y, me, *output_, s);
+    write_documents(t.final_, plan.leaving, recurrent_state_, s);
+    write_documents(t.final_conv, plan.leaving, conv_state_, s);
     if (grad_) {
-      for_each_row(me, [&](index_t row, index_t local) { write_rows(&t.dx(local, 0), d_.hidden, row, *grad_hidden_); });
-      if (me == 0) {
-        gradients_ = gdn::checkpoint_tensors(t.grad, b_.weights, std::string("grad.") + parameter_prefix, d_);
-      }
+      write_own(t.dx, me, *grad_hidden_, s);
+      if (me == 0) write_gradients(gradient_memory, s);
     }
     if (initial_gradient_) {
-      write_documents(t.d_initial.data(), plan.entering, state, grad_initial_);
-      write_documents(t.d_initial_conv.data(), plan.entering, conv, grad_initial_conv_);
+      write_documents(t.d_initial, plan.entering, grad_initial_, s);
+      write_documents(t.d_initial_conv, plan.entering, grad_initial_conv_, s);
     }
-    if (decode_) {
-      decode(be, comm, plan, to_root, {t.final_, t.final_conv}, ws);
-    }
+    if (decode_) decode(be, comm, plan, to_root, {t.final_, t.final_conv}, ws, s);
+  }
+
+  /// The gradients' memory as it lies there, on the host, under the names of the bundle.
+  template <class Block, class Stream>
+  void write_gradients(const Block& block, const Stream& s) {
+    workspace ws = block.workspace();
+    const auto bytes = platform_.get(ws.template take<std::byte>(static_cast<index_t>(block.bytes())), s);
+    const host_block copy({block.bytes()});
+    std::copy(bytes.begin(), bytes.end(), copy.data());
+    auto copy_ws = copy.workspace();
+    gradients_ = gdn::checkpoint_tensors(gdn::layer_gradients<T>::carve(copy_ws, d_), b_.weights,
+                                         std::string("grad.") + parameter_prefix, d_);
   }
 
   /// After the prefill of many ranks, one decodes: token by token, all sequences at once.
-  template <class Backend>
-  void decode(const Backend& be, gdn::thread_communicator& comm, const gdn::cp_plan& plan,
-              const std::vector<int>& targets, const gdn::layer_state<T>& from, workspace& ws) {
-    const gdn::host_stream s;
+  template <class Backend, class Stream>
+  void decode(const Backend& be, communicator& comm, const gdn::cp_plan& plan, const std::vector<int>& targets,
+              const gdn::layer_state<T, memory>& from, workspace& ws, const Stream& s) {
     const index_t B = b_.batch;  // documents, too
     const index_t D = b_.decode_tokens;
     const bool root = comm.rank() == 0;
     const index_t n = root ? B : 0;
-    gdn::layer_state<T> state;
-    gdn::tensor_ref<T, 2> x, y;
-    gdn::tensor_ref<std::int32_t, 1> slots;
+    gdn::layer_state<T, memory> state;
+    tensor<T, 2> x, y;
+    tensor<std::int32_t, 1> slots;
     const auto carve = [&](workspace& m) {
-      state = {m.take<A>(n, d_.value_heads, d_.key_dim, d_.value_dim), m.take<T>(n, d_.channels(), d_.conv_width)};
-      x = m.take<T>(n, d_.hidden);
-      y = m.take<T>(n, d_.hidden);
-      slots = m.take<std::int32_t>(n);
+      state = {m.template take<A>(n, d_.value_heads, d_.key_dim, d_.value_dim),
+               m.template take<T>(n, d_.channels(), d_.conv_width)};
+      x = m.template take<T>(n * D, d_.hidden);
+      y = m.template take<T>(n * D, d_.hidden);
+      slots = m.template take<std::int32_t>(n);
     };
     workspace measure;
     carve(measure);
-    memory_block memory(measure.peak());
-    workspace own = memory.workspace();
+    const auto block = platform_.block(measure.peak(), std::byte{0xff});
+    workspace own = block.workspace();
     carve(own);
     gdn::deliver_states<T>(be, comm, d_, plan, targets, from, state, ws, s);
     if (!root) return;
 
-    for (index_t i = 0; i < B; ++i) slots(i) = static_cast<std::int32_t>(i);
+    std::vector<std::int32_t> all;
+    std::vector<index_t> documents;
+    for (index_t i = 0; i < B; ++i) {
+      all.push_back(static_cast<std::int32_t>(i));
+      documents.push_back(i);
+    }
+    platform_.put(std::span<const std::int32_t>(all), slots, s);
     const std::vector<double> tokens = gdn::values_of<double>(*b_.decode_hidden_states);
-    timed("decode", 0, [&] {
+    std::vector<T> by_step(tokens.size());  // [D, B, hid]
+    for (index_t i = 0; i < B * D; ++i) {
+      read_rows(std::span<const double>(tokens), i, d_.hidden, by_step.data() + (i % D * B + i / D) * d_.hidden);
+    }
+    platform_.put(std::span<const T>(by_step), x, s);
+    timed("decode", 0, be, s, [&] {
       for (index_t t = 0; t < D; ++t) {
-        for (index_t i = 0; i < B; ++i) read_rows(std::span<const double>(tokens), i * D + t, d_.hidden, &x(i, 0));
-        gdn::decode_step(be, layer_, x, y, state, slots, ws, s);
-        for (index_t i = 0; i < B; ++i) write_rows(&y(i, 0), d_.hidden, i * D + t, *decode_output_);
+        gdn::decode_step(be, layer_, gdn::rows(x, t * B, B), gdn::rows(y, t * B, B), state, slots, ws, s);
       }
     });
-    write_documents(state.recurrent.data(), plan_order(B), d_.state_size(), decode_recurrent_);
-    write_documents(state.conv.data(), plan_order(B), d_.channels() * d_.conv_width, decode_conv_);
+    const std::vector<T> decoded = platform_.get(y, s);
+    for (index_t i = 0; i < B * D; ++i) {
+      write_rows(decoded.data() + (i % D * B + i / D) * d_.hidden, d_.hidden, i, *decode_output_);
+    }
+    write_documents(state.recurrent, documents, decode_recurrent_, s);
+    write_documents(state.conv, documents, decode_conv_, s);
   }
 
-  static std::vector<index_t> plan_order(index_t n) {
-    std::vector<index_t> out;
-    for (index_t i = 0; i < n; ++i) out.push_back(i);
-    return out;
+  /// Brings the results of ranks that are processes to rank 0, through the communicator; none of these bytes is counted.
+  /// Every place has one writer and is 0 on the other ranks, so the whole is the union of the bits.
+  void gather(communicator& comm) {
+    const auto move_to_root = [&](int from, auto* data, std::size_t n) {
+      const std::array sends = {gdn::send_op{data, n * sizeof(*data), 0}};
+      const std::array recvs = {gdn::recv_op{data, n * sizeof(*data), from}};
+      if (n == 0) return;
+      if (comm.rank() == from) comm.exchange(sends, {}, {});
+      if (comm.rank() == 0) comm.exchange({}, recvs, {});
+    };
+    std::vector<double> arrived;
+    for (int r = 1; r < comm.size(); ++r) {
+      if (comm.rank() != 0 && comm.rank() != r) continue;
+      for (const auto& t : tensors_) {
+        if (comm.rank() == 0) arrived.resize(t->values.size());
+        move_to_root(r, comm.rank() == 0 ? arrived.data() : t->values.data(), t->values.size());
+        for (std::size_t i = 0; comm.rank() == 0 && i < arrived.size(); ++i) {
+          t->values[i] = std::bit_cast<double>(std::bit_cast<std::uint64_t>(t->values[i]) |
+                                               std::bit_cast<std::uint64_t>(arrived[i]));
+        }
+      }
+      move_to_root(r, &result_.received[static_cast<std::size_t>(r)], 1);
+      std::vector<phase_clock::entry> times = clock_.entries();
+      std::uint64_t n = times.size();
+      move_to_root(r, &n, 1);
+      times.resize(n);
+      move_to_root(r, times.data(), n);
+      for (const auto& t : times) {
+        if (comm.rank() == 0) clock_.add(t.phase.data(), t.repetition, t.ms);
+      }
+    }
   }
 
   const options& o_;
   const bundle& b_;
   const gdn::layer_dims d_;
   const gdn::fragment_table& layout_;
-  MakeBackend make_backend_;
+  const Platform& platform_;
   bool grad_ = false;
   bool decode_ = false;
   bool initial_gradient_ = false;
   gdn::plan_options plan_options_;
-  gdn::gated_delta_net<T> layer_;
+  gdn::gated_delta_net<T, memory> layer_;
   phase_clock clock_;
   run_result result_;
   std::vector<std::unique_ptr<gdn::named_values>> tensors_;
@@ -357,5 +471,10 @@ class layer_run {
 /// One per type and backend, each in a translation unit of its own.
 run_result run_kokkos_f32(const options& o, const bundle& b, const gdn::fragment_table& layout);
 run_result run_kokkos_f64(const options& o, const bundle& b, const gdn::fragment_table& layout);
+run_result run_kokkos_bf16(const options& o, const bundle& b, const gdn::fragment_table& layout);
+run_result run_kokkos_f16(const options& o, const bundle& b, const gdn::fragment_table& layout);
+run_result run_cuda_f32(const options& o, const bundle& b, const gdn::fragment_table& layout);
+run_result run_cuda_bf16(const options& o, const bundle& b, const gdn::fragment_table& layout);
+run_result run_cuda_f16(const options& o, const bundle& b, const gdn::fragment_table& layout);
 
 }  // namespace gdn_run

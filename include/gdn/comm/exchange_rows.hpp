@@ -44,8 +44,10 @@ void exchange(const Backend& be, Comm& comm, const resident_exchange<typename Ba
               tensor_ref<T, 2, typename Backend::memory_type> dst) {
   using memory = typename Backend::memory_type;
   if (ex.plan.empty()) return;
-  expects<shape_error>(src.stride(1) == 1 && (src.extent(0) <= 1 || src.stride(0) == width),
-                       "rows to be exchanged must follow each other without gaps");
+  const auto gapless = [&](const auto& t) {
+    return t.stride(1) == 1 && t.extent(1) == width && (t.extent(0) <= 1 || t.stride(0) == width);
+  };
+  expects<shape_error>(gapless(src) && gapless(dst), "rows to be exchanged must be of one width, without gaps");
   const scoped_mark scope(ws);
   const auto outgoing = message_buffers<T, memory>(ex.plan.sends, width, false, -1, ws);
   const auto incoming = message_buffers<T, memory>(ex.plan.recvs, width, add, comm.rank(), ws);

@@ -25,30 +25,37 @@ class error : public std::runtime_error {
   std::source_location where_;
 };
 
+// Constructors are written out: nvcc 13.0 fails on inherited ones with a source_location by default.
+
 /// Extents of tensors that contradict each other or the plan.
 class shape_error : public error {
  public:
-  using error::error;
+  explicit shape_error(const std::string& text, std::source_location where = std::source_location::current())
+      : error(text, where) {}
 };
 /// Masks, lengths, positions, layouts or checkpoints that break a rule.
 class metadata_error : public error {
  public:
-  using error::error;
+  explicit metadata_error(const std::string& text, std::source_location where = std::source_location::current())
+      : error(text, where) {}
 };
 /// Memory given by the caller is too small or misaligned.
 class workspace_error : public error {
  public:
-  using error::error;
+  explicit workspace_error(const std::string& text, std::source_location where = std::source_location::current())
+      : error(text, where) {}
 };
 /// A backend cannot do what was asked, or failed while doing it.
 class backend_error : public error {
  public:
-  using error::error;
+  explicit backend_error(const std::string& text, std::source_location where = std::source_location::current())
+      : error(text, where) {}
 };
 /// A message could not be exchanged; the communicator's state says why, and stays so.
 class comm_error : public error {
  public:
-  using error::error;
+  explicit comm_error(const std::string& text, std::source_location where = std::source_location::current())
+      : error(text, where) {}
 };
 
 /// What a validator found: the text names the value, the place and the rule.

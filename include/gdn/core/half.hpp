@@ -47,6 +47,13 @@ constexpr std::uint16_t round_to_16_bits(double value) noexcept {
 constexpr std::uint16_t to_bf16(double value) noexcept {
   return detail::round_to_16_bits<8, 7>(value);
 }
+/// The same for a float, without branches: loops over it become vector code.
+constexpr std::uint16_t float_to_bf16(float value) noexcept {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const std::uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const bool nan = (bits & 0x7fff'ffff) > 0x7f80'0000;
+  return static_cast<std::uint16_t>(nan ? bits >> 16 | 0x40 : nearest);
+}
 /// @return the bits of the nearest f16 (IEEE binary16), ties to even
 constexpr std::uint16_t to_f16(double value) noexcept {
   return detail::round_to_16_bits<5, 10>(value);
@@ -65,6 +72,7 @@ constexpr float from_f16(std::uint16_t bits) noexcept {
   return std::bit_cast<float>(sign | (exponent == 0x1f ? 0xffU : exponent + 127 - 15) << 23 | fraction << 13);
 }
 
+static_assert(float_to_bf16(1 + 0x1p-8F) == 0x3f80 && float_to_bf16(1 + 0x3p-8F) == 0x3f82);  // ties to even
 static_assert(to_bf16(1.0) == 0x3f80 && to_f16(1.0) == 0x3c00);
 static_assert(to_f16(65519.99) == 0x7bff && to_f16(65520.0) == 0x7c00);  // the tie above the largest goes to infinity
 static_assert(to_f16(0x1p-25) == 0 && to_f16(0x1.8p-24) == 2);           // ties to even among subnormals

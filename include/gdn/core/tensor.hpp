@@ -49,10 +49,10 @@ struct tensor_ref {
   }
   /// A view of mutable elements is a view of const ones.
   // NOLINTNEXTLINE(google-explicit-constructor): as `T*` converts to `const T*`
-  GDN_HD constexpr operator tensor_ref<const T, Rank, Memory>() const noexcept
-    requires(!std::is_const_v<T>)
-  {
-    tensor_ref<const T, Rank, Memory> r;
+  template <class U>
+    requires(std::same_as<U, const T> && !std::is_const_v<T>)
+  GDN_HD constexpr operator tensor_ref<U, Rank, Memory>() const noexcept {
+    tensor_ref<U, Rank, Memory> r;
     r.data_ = data_;
     for (int i = 0; i < Rank; ++i) {
       r.extent_[i] = extent_[i];
@@ -107,6 +107,14 @@ GDN_HD constexpr tensor_ref<T, R, M> columns(tensor_ref<T, R, M> t, index_t begi
   return t;
 }
 
+/// [begin, begin + count) of any axis.
+template <class T, int R, class M>
+GDN_HD constexpr tensor_ref<T, R, M> slice(tensor_ref<T, R, M> t, int axis, index_t begin, index_t count) noexcept {
+  if (t.data_ != nullptr) t.data_ += begin * t.stride_[axis];
+  t.extent_[axis] = count;
+  return t;
+}
+
 /// Splits the last axis, [.., H * D] -> [.., H, D]: columns of a projection become heads, nothing moves.
 template <class T, int R, class M>
 GDN_HD constexpr tensor_ref<T, R + 1, M> split_columns(const tensor_ref<T, R, M>& t, index_t heads,
@@ -138,7 +146,7 @@ template <class V>
 concept tensor_view = std::copyable<V> && requires(const V& v, int axis) {
   typename V::element_type;
   requires memory_kind<typename V::memory_type>;
-  { V::rank() } -> std::convertible_to<int>;
+  typename std::integral_constant<int, static_cast<int>(V::rank())>;  // known when compiling
   { v.data() } -> std::same_as<typename V::element_type*>;
   { v.extent(axis) } -> std::convertible_to<index_t>;
   { v.stride(axis) } -> std::convertible_to<index_t>;
@@ -161,9 +169,10 @@ concept tensor_like = tensor_view<std::remove_cvref_t<V>> || requires(const std:
 template <tensor_like V>
 constexpr auto canonical(const V& v) {
   if constexpr (tensor_view<V>) {
-    tensor_ref<typename V::element_type, V::rank(), typename V::memory_type> r;
+    constexpr int rank = static_cast<int>(V::rank());
+    tensor_ref<typename V::element_type, rank, typename V::memory_type> r;
     r.data_ = v.data();
-    for (int i = 0; i < V::rank(); ++i) {
+    for (int i = 0; i < rank; ++i) {
       r.extent_[i] = static_cast<index_t>(v.extent(i));
       r.stride_[i] = static_cast<index_t>(v.stride(i));
     }

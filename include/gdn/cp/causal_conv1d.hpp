@@ -133,7 +133,7 @@ void causal_conv1d_backward(const Backend& be, Comm& comm, const resident_plan<t
                             tensor_ref<T, 3, typename Backend::memory_type> d_initial,
                             workspace<typename Backend::memory_type>& ws, typename Backend::stream_type s) {
   const index_t L = plan.host.compute_rows;
-  be.causal_conv1d_backward(plan.conv_segments, rows(x, 0, L), halo, w, act, dy, rows(dx, 0, L), d_halo, dw, s);
+  be.causal_conv1d_backward(plan.conv_segments, rows(x, 0, L), halo, w, act, dy, rows(dx, 0, L), d_halo, dw, ws, s);
   return_history<T>(be, comm, plan, d_halo, d_final, dx, d_initial, ws, s);
 }
 

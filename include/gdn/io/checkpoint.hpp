@@ -5,12 +5,15 @@
 #include <algorithm>
 #include <concepts>
 #include <cstddef>
+#include <cstring>
+#include <iterator>
 #include <limits>
 #include <optional>
 #include <set>
 #include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -18,6 +21,7 @@
 
 #include <gdn/core/dtype.hpp>
 #include <gdn/core/error.hpp>
+#include <gdn/core/storage.hpp>
 #include <gdn/core/tensor.hpp>
 #include <gdn/core/types.hpp>
 #include <gdn/io/safetensors.hpp>
@@ -46,23 +50,27 @@ inline std::string value_text(const nlohmann::json& value) {
   return value.dump();
 }
 
-/// The tree of a JSON object. A key of `unique` may come once only, in the object itself and in those directly in it.
-inline std::optional<diagnostic> read_json_object(std::string_view text, const std::set<std::string_view>& unique,
-                                                  nlohmann::json& out) {
+/// The tree of a JSON object. Where unique(depth, parent, key) is true a key may come once only: `depth` is 1 in the
+/// object itself, and `parent` is the key of the object around.
+template <class Unique>
+std::optional<diagnostic> read_json_object(std::string_view text, const Unique& unique, nlohmann::json& out) {
   if (const auto bad = first_bad_character(text)) {  // the lexer would stop in silence at NUL
     return diagnostic{say("it is no text in UTF-8: error at its byte", *bad)};
   }
-  std::vector<std::set<std::string>> seen;  // of the objects that are open
+  struct open_object {
+    std::string key;
+    std::set<std::string> keys;
+  };
+  std::vector<open_object> open;
   std::string twice;
   std::string last;  // key
   const auto watch = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
     using event_t = nlohmann::json::parse_event_t;
-    if (event == event_t::object_start) seen.emplace_back();
-    if (event == event_t::object_end) seen.pop_back();
+    if (event == event_t::object_start) open.push_back({last, {}});
+    if (event == event_t::object_end) open.pop_back();
     if (event == event_t::key) {
-      const auto& key = value.get_ref<const std::string&>();
-      last = key;
-      if (depth <= 2 && unique.contains(key) && !seen.back().insert(key).second && twice.empty()) twice = key;
+      last = value.get_ref<const std::string&>();
+      if (unique(depth, open.back().key, last) && !open.back().keys.insert(last).second && twice.empty()) twice = last;
     }
     return true;
   };
@@ -93,7 +101,10 @@ inline std::optional<diagnostic> read_config(std::string_view text, layer_config
   for (const size_key& s : sizes) known.insert(s.name);
 
   nlohmann::json tree;
-  if (auto found = read_json_object(text, known, tree)) return diagnostic{"config: " + found->text};
+  const auto unique = [&](int depth, std::string_view, std::string_view key) {
+    return depth <= 2 && known.contains(key);
+  };
+  if (auto found = read_json_object(text, unique, tree)) return diagnostic{"config: " + found->text};
   const nlohmann::json* config = &tree;
   // The config of a vision-language model has its text model one level below.
   if (const auto nested = tree.find("text_config"); nested != tree.end() && nested->is_object()) {
@@ -265,28 +276,90 @@ inline weight_layout checkpoint_layout(const safetensors& file, std::string_view
   return layout;
 }
 
+namespace detail {
+/// name_of(i) for i in [0, n): the names of all tensors.
+template <class NameOf>
+std::string layer_prefix(std::size_t n, const NameOf& name_of, index_t layer) {
+  const std::string tail = "layers." + std::to_string(layer) + ".linear_attn.";
+  std::set<std::string> found;
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::string_view name = name_of(i);
+    const std::size_t at = name.find(tail);
+    if (at == std::string_view::npos || (at > 0 && name[at - 1] != '.') || name.starts_with("mtp.")) continue;
+    found.insert(std::string(name.substr(0, at)) + tail);
+  }
+  if (found.empty()) throw metadata_error(say("no tensor's name has", in_quotes(tail)));
+  if (found.size() > 1) {
+    throw metadata_error(say("layer", layer, "is there twice, as", in_quotes(*found.begin()), "and",
+                             in_quotes(*std::next(found.begin()))));
+  }
+  return *found.begin();
+}
+}  // namespace detail
+
 /// What precedes the names of the parameters of layer `layer`: "model.layers.3.linear_attn.", or
 /// "model.language_model.layers.3.linear_attn." in a vision-language model.
 /// @throws metadata_error unless exactly one is in the file; layers of multi-token prediction ("mtp.") do not count
 inline std::string layer_prefix(const safetensors& file, index_t layer) {
-  const std::string tail = "layers." + std::to_string(layer) + ".linear_attn.";
-  std::set<std::string> found;
-  for (const tensor_entry& t : file.tensors) {
-    const std::size_t at = t.name.find(tail);
-    if (at == std::string::npos || (at > 0 && t.name[at - 1] != '.') || t.name.starts_with("mtp.")) continue;
-    found.insert(t.name.substr(0, at) + tail);
-  }
-  if (found.empty()) throw metadata_error(say("no tensor's name has", detail::in_quotes(tail)));
-  if (found.size() > 1) {
-    throw metadata_error(say("layer", layer, "is there twice, as", detail::in_quotes(*found.begin()), "and",
-                             detail::in_quotes(*std::next(found.begin()))));
-  }
-  return *found.begin();
+  return detail::layer_prefix(
+      file.tensors.size(), [&](std::size_t i) -> std::string_view { return file.tensors[i].name; }, layer);
 }
 
 // ---- values ---------------------------------------------------------------------------------------------------------
 
 namespace detail {
+/// Elements of a file, at any address, as values of To: the same bits where the types are the same, else rounded once.
+template <class To>
+void decode(dtype type, const std::byte* from, To* to, index_t n) {
+  const auto each = [&]<class Stored>(Stored) {
+    if constexpr (std::same_as<Stored, To>) {
+      std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(To));
+    } else {
+      for (index_t i = 0; i < n; ++i) {
+        Stored v;
+        std::memcpy(&v, from + static_cast<std::size_t>(i) * sizeof v, sizeof v);
+        if constexpr (sizeof(Stored) == 2) {
+          to[i] = static_cast<To>(static_cast<float>(v));
+        } else {
+          to[i] = static_cast<To>(v);
+        }
+      }
+    }
+  };
+  switch (type) {
+    case dtype::f64: return each(double{});
+    case dtype::f32: return each(float{});
+    case dtype::f16: return each(float16{});
+    default: return each(bfloat16{});
+  }
+}
+
+/// The inverse: values as elements of a file.
+template <class From>
+void encode_row(const From* from, dtype type, std::byte* to, index_t n) {
+  const auto each = [&]<class Stored>(Stored) {
+    if constexpr (std::same_as<Stored, From>) {
+      std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(From));
+    } else {
+      for (index_t i = 0; i < n; ++i) {
+        Stored v;
+        if constexpr (sizeof(From) == 2) {
+          v = static_cast<Stored>(static_cast<float>(from[i]));
+        } else {
+          v = static_cast<Stored>(from[i]);
+        }
+        std::memcpy(to + static_cast<std::size_t>(i) * sizeof v, &v, sizeof v);
+      }
+    }
+  };
+  switch (type) {
+    case dtype::f64: return each(double{});
+    case dtype::f32: return each(float{});
+    case dtype::f16: return each(float16{});
+    default: return each(bfloat16{});
+  }
+}
+
 template <class T>
 constexpr T* row_of(const tensor_ref<T, 1, host_memory>& t, index_t) noexcept {
   return t.data();
@@ -316,8 +389,9 @@ void for_each_stored(const parameter_set<W, A, host_memory>& p, weight_layout la
 }
 }  // namespace detail
 
-/// Reads the parameters of one layer into `out`, in the split layout whatever the file has. A_log, dt_bias and the
-/// norm weight keep the precision of accumulate_t; the first two are rounded through `ssm` (see round_through).
+/// Reads the parameters of one layer into `out`, in the split layout whatever the file has, straight from the file's
+/// bytes (which may be mapped). A_log, dt_bias and the norm weight keep the precision of accumulate_t; the first two are
+/// rounded through `ssm` (see round_through).
 /// @param out views that the caller has carved for `d`; rows may have any stride, columns are dense
 /// @throws metadata_error naming the tensor (see validate_checkpoint), shape_error if `out` is not for `d`
 template <class T>
@@ -325,24 +399,18 @@ void load_parameters(const safetensors& file, std::string_view prefix, const lay
                      const parameter_storage<T, host_memory>& out, dtype ssm = default_ssm_dtype) {
   const weight_layout layout = checkpoint_layout(file, prefix, d);
   check_parameters(out, d);
-  std::vector<double> values;
-  std::string loaded;
   detail::for_each_stored(out, layout, d, [&](const auto& view, std::string_view name, auto&& row_in_file) {
-    if (loaded != name) {
-      values = values_of<double>(*file.find(std::string(prefix) + std::string(name)));
-      loaded = name;
-    }
-    using value_type = typename std::remove_cvref_t<decltype(view)>::value_type;
+    const tensor_entry& t = *file.find(std::string(prefix) + std::string(name));
     constexpr int last = std::remove_cvref_t<decltype(view)>::rank() - 1;
     const index_t width = view.extent(last);
+    const index_t row_bytes = width * bits_of(t.type) / 8;
     for (index_t row = 0; row < (last == 0 ? 1 : view.extent(0)); ++row) {
-      const double* from = values.data() + row_in_file(row) * width;
-      std::transform(from, from + width, detail::row_of(view, row),
-                     [](double v) { return static_cast<value_type>(v); });
+      detail::decode(t.type, t.bytes.data() + row_in_file(row) * row_bytes, detail::row_of(view, row), width);
     }
   });
-  for (const auto& gate : {out.A_log, out.dt_bias}) {
-    for (index_t h = 0; h < d.value_heads; ++h) gate(h) = round_through(ssm, gate(h));
+  for (index_t h = 0; h < d.value_heads; ++h) {
+    out.A_log(h) = round_through(ssm, out.A_log(h));
+    out.dt_bias(h) = round_through(ssm, out.dt_bias(h));
   }
 }
 
@@ -376,6 +444,61 @@ std::vector<named_values> checkpoint_tensors(const parameter_set<W, A, host_memo
   });
   for (named_values& t : out) t.name.insert(0, prefix);
   return out;
+}
+
+/// A tensor as a file will have it.
+struct stored_tensor {
+  std::string name;
+  dtype type = dtype::f32;
+  std::vector<index_t> shape;
+  std::vector<std::byte> bytes;
+
+  tensor_entry entry() const { return {name, type, shape, bytes}; }
+};
+
+/// The type in which a checkpoint has a parameter: A_log, dt_bias and the norm weight are F32 whatever the others are.
+/// @param name without prefix
+constexpr dtype stored_type(std::string_view name, dtype weights) noexcept {
+  return name == "A_log" || name == "dt_bias" || name == "norm.weight" ? dtype::f32 : weights;
+}
+
+/// The parameters of a layer as a checkpoint has them: names, layout and types. Each value rounds once; those of the
+/// stored type keep their bits.
+/// @param weights f64, f32, f16 or bf16: the type of the matrices (see stored_type)
+template <class W, class A>
+std::vector<stored_tensor> stored_parameters(const parameter_set<W, A, host_memory>& p, weight_layout layout,
+                                             std::string_view prefix, const layer_dims& d, dtype weights) {
+  check_parameters(p, d);
+  expects<metadata_error>(is_floating(weights), "weights cannot be written as", name_of(weights));
+  std::vector<stored_tensor> out;
+  for (named_shape& s : parameter_shapes(layout, d)) {
+    const dtype type = stored_type(s.name, weights);
+    const auto bytes = static_cast<std::size_t>(detail::bytes_of(type, s.shape).value());
+    out.push_back({std::move(s.name), type, std::move(s.shape), std::vector<std::byte>(bytes)});
+  }
+  detail::for_each_stored(p, layout, d, [&](const auto& view, std::string_view name, auto&& row_in_file) {
+    auto& t = *std::find_if(out.begin(), out.end(), [&](const stored_tensor& s) { return s.name == name; });
+    constexpr int last = std::remove_cvref_t<decltype(view)>::rank() - 1;
+    const index_t width = view.extent(last);
+    const index_t row_bytes = width * bits_of(t.type) / 8;
+    for (index_t row = 0; row < (last == 0 ? 1 : view.extent(0)); ++row) {
+      detail::encode_row(detail::row_of(view, row), t.type, t.bytes.data() + row_in_file(row) * row_bytes, width);
+    }
+  });
+  for (stored_tensor& t : out) t.name.insert(0, prefix);
+  return out;
+}
+
+/// Writes the parameters of one layer to a file of their own, which appears whole or not at all.
+/// @throws metadata_error naming the file
+template <class W, class A>
+void save_parameters(const std::string& path, const parameter_set<W, A, host_memory>& p, weight_layout layout,
+                     std::string_view prefix, const layer_dims& d, dtype weights,
+                     const metadata_map& metadata = {{"format", "pt"}}) {
+  const auto tensors = stored_parameters(p, layout, prefix, d, weights);
+  std::vector<tensor_entry> entries;
+  for (const stored_tensor& t : tensors) entries.push_back(t.entry());
+  write_safetensors(path, entries, metadata);
 }
 
 static_assert([] {  // two key heads, each with one value head; group: q q k k v v v z z z

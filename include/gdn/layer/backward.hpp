@@ -53,7 +53,7 @@ void rebuild(const Backend& be, const gated_delta_net<T, Memory>& layer, const r
   const layer_dims& d = layer.dims;
   const auto problem = rule_problem<T>(d.key_heads, plan);
   const bool all = policy != keep_policy::everything;
-  if (all) project_in(be, layer, act, s);
+  if (all) project_in(be, layer, act, ws, s);
   prologue<T>(be, layer, plan, act, s);
   if (all) {
     be.delta_rule_prepare(problem, act.rule_inputs(d), act.rule.prepared, s);
@@ -83,28 +83,28 @@ void backward(const Backend& be, Comm& comm, const gated_delta_net<T, Memory>& l
 
   rebuild<T>(be, layer, plan, act, policy, g.n, ws, s);
   const view2 dys = undo<T>(be, comm, plan, dy, g.dys, ws, s);                                       // [L, hid]
-  be.linear_backward_weight(dys, view2(g.n), grad.out_proj, s);
-  be.linear_backward_input(dys, layer.weights.out_proj, g.dn, false, s);                             // [L, Hv V]
+  be.linear_backward_weight(dys, view2(g.n), grad.out_proj, ws, s);
+  be.linear_backward_input(dys, layer.weights.out_proj, g.dn, false, ws, s);                             // [L, Hv V]
   be.gated_norm_backward(heads(view2(g.dn)), heads(view2(act.o)), heads(view2(act.z)), layer.weights.norm, act.rstd_o,
-                         heads(g.d_o), heads(g.dz), grad.norm, s);
+                         heads(g.d_o), heads(g.dz), grad.norm, ws, s);
   cp::gated_delta_rule_backward<T>(be, comm, plan, act.rule_inputs(d), heads(view2(g.d_o)), states.final_,
                                    {g.dq, g.dk, d_v, g.dg, g.d_beta}, states.initial, act.rule, ws, s);
   be.gates_backward(g.dg, g.d_beta, act.a, act.b, layer.weights.A_log, layer.weights.dt_bias, g.da, g.db, grad.A_log,
-                    grad.dt_bias, s);                                                                // [L, Hv]
+                    grad.dt_bias, ws, s);                                                                // [L, Hv]
   be.l2norm_backward(view3(g.dq), view3(act.q), act.rstd_q, key_columns(g.d_convolved, 0), s);
   be.l2norm_backward(view3(g.dk), view3(act.k), act.rstd_k, key_columns(g.d_convolved, 1), s);
   cp::causal_conv1d_backward<T>(be, comm, plan, act.qkv, act.halo, layer.weights.conv1d, activation::silu,
                                 g.d_convolved, states.final_conv, g.dqkv, g.d_halo, grad.conv1d, states.initial_conv,
                                 ws, s);                                                              // [L, Dc]
   const view2 dqkv = rows(g.dqkv, 0, p.compute_rows);
-  be.linear_backward_weight(dqkv, act.xs, grad.in_proj_qkv, s);
-  be.linear_backward_weight(view2(g.dz), act.xs, grad.in_proj_z, s);
-  be.linear_backward_weight(view2(g.db), act.xs, grad.in_proj_b, s);
-  be.linear_backward_weight(view2(g.da), act.xs, grad.in_proj_a, s);
-  be.linear_backward_input(dqkv, layer.weights.in_proj_qkv, dxs, false, s);                          // [L, hid]
-  be.linear_backward_input(view2(g.dz), layer.weights.in_proj_z, dxs, true, s);
-  be.linear_backward_input(view2(g.db), layer.weights.in_proj_b, dxs, true, s);
-  be.linear_backward_input(view2(g.da), layer.weights.in_proj_a, dxs, true, s);
+  be.linear_backward_weight(dqkv, act.xs, grad.in_proj_qkv, ws, s);
+  be.linear_backward_weight(view2(g.dz), act.xs, grad.in_proj_z, ws, s);
+  be.linear_backward_weight(view2(g.db), act.xs, grad.in_proj_b, ws, s);
+  be.linear_backward_weight(view2(g.da), act.xs, grad.in_proj_a, ws, s);
+  be.linear_backward_input(dqkv, layer.weights.in_proj_qkv, dxs, false, ws, s);                          // [L, hid]
+  be.linear_backward_input(view2(g.dz), layer.weights.in_proj_z, dxs, true, ws, s);
+  be.linear_backward_input(view2(g.db), layer.weights.in_proj_b, dxs, true, ws, s);
+  be.linear_backward_input(view2(g.da), layer.weights.in_proj_a, dxs, true, ws, s);
   redo<T>(be, comm, plan, dxs, dx, ws, s);                                                           // caller's layout
 }
 

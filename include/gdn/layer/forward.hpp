@@ -34,13 +34,13 @@ void forward(const Backend& be, Comm& comm, const gated_delta_net<T, Memory>& la
   const auto ys = p.undo_is_identity() ? y : buffer.ys;
 
   act.xs = undo<T>(be, comm, plan, x, act.moved, ws, s);                                             // [L, hid]
-  project_in(be, layer, act, s);                                                                     // qkv | z | b | a
+  project_in(be, layer, act, ws, s);                                                                 // qkv | z | b | a
   fetch_history<T>(be, comm, plan, act.qkv, states.initial_conv, act.halo, states.final_conv, ws, s);  // [., Dc]
   prologue<T>(be, layer, plan, act, s);                                                              // q, k, v, g, beta
   cp::gated_delta_rule<T>(be, comm, plan, act.rule_inputs(d), states.initial, o, states.final_, act.rule, ws,
                           s);                                                                        // [L, Hv, V]
   epilogue<T>(be, layer, act, buffer.n, s);                                                          // [L, Hv V]
-  be.linear_forward(buffer.n, layer.weights.out_proj, ys, s);                                        // [L, hid]
+  be.linear_forward(buffer.n, layer.weights.out_proj, ys, ws, s);                                    // [L, hid]
   redo<T>(be, comm, plan, ys, y, ws, s);                                                             // caller's layout
 }
 

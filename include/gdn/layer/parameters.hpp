@@ -3,6 +3,7 @@
 /// @file  The weights of a layer and their gradients, as structs of views; the caller owns the memory.
 
 #include <array>
+#include <concepts>
 #include <string_view>
 #include <type_traits>
 
@@ -60,9 +61,9 @@ struct parameter_set {
   }
 
   // NOLINTNEXTLINE(google-explicit-constructor): as each view converts
-  operator parameter_set<const W, const A, Memory>() const
-    requires(!std::is_const_v<W> && !std::is_const_v<A>)
-  {
+  template <class U>
+    requires(std::same_as<U, const W> && !std::is_const_v<W> && !std::is_const_v<A>)
+  operator parameter_set<U, const A, Memory>() const {
     return {in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, conv1d, A_log, dt_bias, norm, out_proj};
   }
 };

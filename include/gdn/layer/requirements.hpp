@@ -14,7 +14,7 @@ inline namespace v0 {
 
 struct layer_requirements {
   memory_requirement tape;
-  memory_requirement forward;   ///< workspace of forward() and prefill()
+  memory_requirement forward;   ///< workspace of forward(); that of prefill() if the policy is `nothing`
   memory_requirement backward;  ///< workspace of backward()
 };
 
@@ -35,7 +35,7 @@ layer_requirements requirements(const Backend& be, const layer_dims& d,
   };
   const auto moves = [&](const exchange_plan& e) { return exchange_scratch<T, memory>(e, d.hidden, false, p.rank); };
   const auto scratch = {moves(p.undo), moves(p.redo), history_scratch<T, memory>(p, d.channels()),
-                        rule_scratch<T>(be, d.key_heads, plan)};
+                        rule_scratch<T>(be, d.key_heads, plan), be.scratch(detail::sizes_of(d, p.compute_rows))};
 
   layer_requirements out;
   workspace<memory> tape;

@@ -5,6 +5,7 @@
 #include <gdn/concepts/gated_delta_rule.hpp>
 #include <gdn/core/tensor.hpp>
 #include <gdn/layer/gated_delta_net.hpp>
+#include <gdn/layer/state_pool.hpp>
 
 namespace gdn {
 inline namespace v0 {
@@ -29,13 +30,6 @@ struct state_gradients {
   tensor_ref<const T, 3, Memory> final_conv;
   states_ref<T, Memory> initial;
   tensor_ref<T, 3, Memory> initial_conv;
-};
-
-/// States of sequences that are decoded: `slots` places, of which each call names some.
-template <class T, memory_kind Memory = host_memory>
-struct layer_state {
-  states_ref<T, Memory> recurrent;    ///< [slots, Hv, K, V]
-  tensor_ref<T, 3, Memory> conv;      ///< [slots, Dc, W]
 };
 
 namespace detail {

@@ -16,6 +16,11 @@ namespace detail {
 template <class T, class Backend>
 using matrix_of = tensor_ref<T, 2, typename Backend::memory_type>;
 
+/// The sizes with which a layer of L tokens calls a backend's operations.
+constexpr operation_sizes sizes_of(const layer_dims& d, index_t tokens) noexcept {
+  return {tokens, d.channels(), d.conv_width, d.value_heads, d.value_dim};
+}
+
 /// The caller's rows in compute order: `moved`, or `x` itself where nothing has to move.
 template <class T, communicator Comm, class Backend, memory_kind Memory>
 matrix_of<const T, Backend> undo(const Backend& be, Comm& comm, const resident_plan<Memory>& plan,
@@ -38,11 +43,11 @@ void redo(const Backend& be, Comm& comm, const resident_plan<Memory>& plan, matr
 /// qkv, z, b, a of this rank's tokens.
 template <class T, class Backend, memory_kind Memory>
 void project_in(const Backend& be, const gated_delta_net<T, Memory>& layer, const activations<T, Memory>& act,
-                typename Backend::stream_type s) {
-  be.linear_forward(act.xs, layer.weights.in_proj_qkv, rows(act.qkv, 0, act.xs.extent(0)), s);
-  be.linear_forward(act.xs, layer.weights.in_proj_z, act.z, s);
-  be.linear_forward(act.xs, layer.weights.in_proj_b, act.b, s);
-  be.linear_forward(act.xs, layer.weights.in_proj_a, act.a, s);
+                workspace<Memory>& ws, typename Backend::stream_type s) {
+  be.linear_forward(act.xs, layer.weights.in_proj_qkv, rows(act.qkv, 0, act.xs.extent(0)), ws, s);
+  be.linear_forward(act.xs, layer.weights.in_proj_z, act.z, ws, s);
+  be.linear_forward(act.xs, layer.weights.in_proj_b, act.b, ws, s);
+  be.linear_forward(act.xs, layer.weights.in_proj_a, act.a, ws, s);
 }
 
 template <communicator Comm>

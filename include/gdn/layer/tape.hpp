@@ -37,7 +37,8 @@ struct activations {
   tensor_ref<A, 2, Memory> rstd_o;     ///< [L, Hv]
 
   // What is cheap to rebuild.
-  tensor_ref<T, 2, Memory> convolved;  ///< [L, Dc]; its last Hv V columns are v
+  tensor_ref<A, 2, Memory> keys;       ///< [L, 2 Hk K] convolved q | k before they get unit length, unrounded
+  tensor_ref<T, 2, Memory> v;          ///< [L, Hv V] convolved
   tensor_ref<T, 3, Memory> q, k;       ///< [L, Hk, K] of unit length
   tensor_ref<A, 2, Memory> rstd_q, rstd_k;  ///< [L, Hk]
   tensor_ref<A, 2, Memory> g;          ///< [L, Hv]
@@ -60,7 +61,8 @@ struct activations {
   }
   void take_cheap(workspace<Memory>& m, const layer_dims& d, const cp_plan& p) {
     const index_t L = p.compute_rows;
-    convolved = m.template take<T>(L, d.channels());
+    keys = m.template take<A>(L, 2 * d.keys());
+    v = m.template take<T>(L, d.values());
     q = m.template take<T>(L, d.key_heads, d.key_dim);
     k = m.template take<T>(L, d.key_heads, d.key_dim);
     rstd_q = m.template take<A>(L, d.key_heads);
@@ -77,11 +79,9 @@ struct activations {
     take_cheap(m, d, p);
   }
 
-  tensor_ref<const T, 3, Memory> v(const layer_dims& d) const {
-    return split_columns(tensor_ref<const T, 2, Memory>(columns(convolved, 2 * d.keys(), d.values())), d.value_heads,
-                         d.value_dim);
+  delta_rule_inputs<T, Memory> rule_inputs(const layer_dims& d) const {
+    return {q, k, split_columns(v, d.value_heads, d.value_dim), g, beta};
   }
-  delta_rule_inputs<T, Memory> rule_inputs(const layer_dims& d) const { return {q, k, v(d), g, beta}; }
 };
 
 /// Made by make_tape(), filled by forward(), read by backward(). Where nothing is resharded or unpadded it refers to

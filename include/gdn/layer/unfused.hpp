@@ -25,6 +25,18 @@ concept has_fused_epilogue =
              const activations<T, typename B::memory_type>& values, tensor_ref<T, 2, typename B::memory_type> n,
              typename B::stream_type s) { be.epilogue(layer, values, n, s); };
 
+namespace detail {
+/// keys -> q, k of unit length.
+template <class T, class Backend, memory_kind Memory>
+void normalise_keys(const Backend& be, const layer_dims& d, const activations<T, Memory>& act,
+                    typename Backend::stream_type s) {
+  const tensor_ref<const accumulate_t<T>, 2, Memory> keys = act.keys;
+  be.l2norm_forward(split_columns(columns(keys, 0, d.keys()), d.key_heads, d.key_dim), d.l2_eps, act.q, act.rstd_q, s);
+  be.l2norm_forward(split_columns(columns(keys, d.keys(), d.keys()), d.key_heads, d.key_dim), d.l2_eps, act.k,
+                    act.rstd_k, s);
+}
+}  // namespace detail
+
 /// qkv, halo, b, a -> q, k (unit length), v, g, beta.
 template <class T, class Backend>
 void prologue(const Backend& be, const gated_delta_net<T, typename Backend::memory_type>& layer,
@@ -36,13 +48,14 @@ void prologue(const Backend& be, const gated_delta_net<T, typename Backend::memo
     using view = tensor_ref<const T, 2, typename Backend::memory_type>;
     const layer_dims& d = layer.dims;
     const view qkv = rows(act.qkv, 0, plan.host.compute_rows);  // [L, Dc]
-    const view convolved = act.convolved;
-    be.causal_conv1d_forward(plan.conv_segments, qkv, act.halo, layer.weights.conv1d, activation::silu, act.convolved,
-                             s);
-    be.l2norm_forward(split_columns(columns(convolved, 0, d.keys()), d.key_heads, d.key_dim), d.l2_eps, act.q,
-                      act.rstd_q, s);
-    be.l2norm_forward(split_columns(columns(convolved, d.keys(), d.keys()), d.key_heads, d.key_dim), d.l2_eps, act.k,
-                      act.rstd_k, s);
+    const auto convolve = [&](index_t begin, const auto& y) {
+      const index_t n = y.extent(1);
+      be.causal_conv1d_forward(plan.conv_segments, columns(qkv, begin, n), columns(view(act.halo), begin, n),
+                               rows(layer.weights.conv1d, begin, n), activation::silu, y, s);
+    };
+    convolve(0, act.keys);
+    convolve(2 * d.keys(), act.v);
+    detail::normalise_keys(be, d, act, s);
     be.gates_forward(act.a, act.b, layer.weights.A_log, layer.weights.dt_bias, act.g, act.beta, s);
   }
 }

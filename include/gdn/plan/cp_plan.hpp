@@ -372,7 +372,7 @@ inline std::string cp_plan::describe() const {
                         static_cast<index_t>(segments.size()), "segments of", documents(), "documents\n");
   out += say("strategy", strategy_name(strategy));
   if (strategy != options.strategy) out += ", not in-place: a document comes down to single rows";
-  out += say(", share", share_name(), "\n");
+  out += say(", share", share_name()) + "\n";
   out += say("receives", undo.rows_received(rank), "+", redo.rows_received(rank), "rows of activations,",
              halo.exchange.rows_received(rank), "rows of history,", chain.elements_received(rank), "+",
              reverse_chain.elements_received(rank), "elements of summaries in",

@@ -12,7 +12,9 @@
 #include <Kokkos_Core.hpp>
 
 #include <gdn/concepts/backend.hpp>
+#include <gdn/concepts/state_pool.hpp>
 #include <gdn/core/error.hpp>
+#include <gdn/core/storage.hpp>
 #include <gdn/core/stream.hpp>
 #include <gdn/core/tensor.hpp>
 #include <gdn/core/types.hpp>
@@ -23,6 +25,7 @@
 #include <gdn/kokkos/linear.hpp>
 #include <gdn/kokkos/norm.hpp>
 #include <gdn/kokkos/rows.hpp>
+#include <gdn/kokkos/states.hpp>
 
 namespace gdn {
 inline namespace v0 {
@@ -37,7 +40,7 @@ enum class rule : std::uint8_t { chunked, recurrent };
 /// Several threads may compute at once, each with a backend of its own: `backend(Kokkos::OpenMP(2))`. Threads that
 /// share an instance take turns.
 ///
-/// Memory comes from the caller; an operation uses up to 400 KiB of the stack of each thread that works on it.
+/// Memory comes from the caller; an operation uses up to 350 KiB of the stack of each thread that works on it.
 template <class Exec = Kokkos::DefaultHostExecutionSpace>
 class backend {
   static_assert(Kokkos::is_execution_space_v<Exec>);
@@ -57,6 +60,8 @@ class backend {
 
   std::string_view name() const noexcept { return "kokkos"; }
   void synchronize(host_stream) const { exec_.fence("gdn"); }
+  /// Operations work on the stacks of their threads.
+  memory_requirement scratch(const operation_sizes&) const noexcept { return {}; }
   template <class T>
   void upload(std::span<const std::type_identity_t<T>> host, tensor_ref<T, 1> table, host_stream) const {
     static_assert(std::is_trivially_copyable_v<T>);
@@ -93,37 +98,38 @@ class backend {
 
   // ---- linear.hpp ----
   template <class T>
-  void linear_forward(detail::in_ref<T, 2> x, detail::in_ref<T, 2> w, tensor_ref<T, 2> y, host_stream) const {
+  void linear_forward(detail::in_ref<T, 2> x, detail::in_ref<T, 2> w, tensor_ref<T, 2> y, workspace<host_memory>&,
+                      host_stream) const {
     detail::linear_forward(exec_, x, w, y);
   }
   template <class T>
   void linear_backward_input(detail::in_ref<T, 2> dy, detail::in_ref<T, 2> w, tensor_ref<T, 2> dx, bool add,
-                             host_stream) const {
+                             workspace<host_memory>&, host_stream) const {
     detail::linear_backward_input(exec_, dy, w, dx, add);
   }
   template <class E, class T = std::remove_const_t<E>>
   void linear_backward_weight(tensor_ref<E, 2> dy, detail::in_ref<T, 2> x, detail::out_ref<accumulate_t<T>, 2> dw,
-                              host_stream) const {
+                              workspace<host_memory>&, host_stream) const {
     detail::linear_backward_weight<T>(exec_, dy, x, dw);
   }
 
   // ---- conv1d.hpp ----
-  template <class T>
-  void causal_conv1d_forward(tensor_ref<const conv_segment, 1> segments, detail::in_ref<T, 2> x,
-                             detail::in_ref<T, 2> halo, detail::in_ref<T, 2> w, activation act, tensor_ref<T, 2> y,
+  template <class E, class Y, class T = std::remove_const_t<E>>
+  void causal_conv1d_forward(tensor_ref<const conv_segment, 1> segments, tensor_ref<E, 2> x,
+                             detail::in_ref<T, 2> halo, detail::in_ref<T, 2> w, activation act, tensor_ref<Y, 2> y,
                              host_stream) const {
-    detail::causal_conv1d_forward(exec_, segments, x, halo, w, act, y);
+    detail::causal_conv1d_forward<T>(exec_, segments, x, halo, w, act, y);
   }
   template <class T>
   void causal_conv1d_backward(tensor_ref<const conv_segment, 1> segments, detail::in_ref<T, 2> x,
                               detail::in_ref<T, 2> halo, detail::in_ref<T, 2> w, activation act,
                               detail::in_ref<T, 2> dy, tensor_ref<T, 2> dx, tensor_ref<T, 2> dhalo,
-                              detail::out_ref<accumulate_t<T>, 2> dw, host_stream) const {
+                              detail::out_ref<accumulate_t<T>, 2> dw, workspace<host_memory>&, host_stream) const {
     detail::causal_conv1d_backward(exec_, segments, x, halo, w, act, dy, dx, dhalo, dw);
   }
-  template <class T>
+  template <class T, class Y>
   void causal_conv1d_step(detail::in_ref<T, 2> x, tensor_ref<T, 3> states, tensor_ref<const std::int32_t, 1> slots,
-                          detail::in_ref<T, 2> w, activation act, tensor_ref<T, 2> y, host_stream) const {
+                          detail::in_ref<T, 2> w, activation act, tensor_ref<Y, 2> y, host_stream) const {
     detail::causal_conv1d_step(exec_, x, states, slots, w, act, y);
   }
 
@@ -139,15 +145,15 @@ class backend {
                       detail::in_ref<T, 2> a, detail::in_ref<T, 2> b, detail::in_ref<accumulate_t<T>, 1> a_log,
                       detail::in_ref<accumulate_t<T>, 1> dt_bias, tensor_ref<T, 2> da, tensor_ref<T, 2> db,
                       detail::out_ref<accumulate_t<T>, 1> d_a_log, detail::out_ref<accumulate_t<T>, 1> d_dt_bias,
-                      host_stream) const {
+                      workspace<host_memory>&, host_stream) const {
     detail::gates_backward(exec_, dg, dbeta, a, b, a_log, dt_bias, da, db, d_a_log, d_dt_bias);
   }
 
   // ---- norm.hpp ----
-  template <class T>
-  void l2norm_forward(detail::in_ref<T, 3> x, double eps, tensor_ref<T, 3> y,
-                      detail::out_ref<accumulate_t<T>, 2> rstd, host_stream) const {
-    detail::l2norm_forward(exec_, x, eps, y, rstd);
+  template <class E, class T>
+  void l2norm_forward(tensor_ref<E, 3> x, double eps, tensor_ref<T, 3> y, detail::out_ref<accumulate_t<T>, 2> rstd,
+                      host_stream) const {
+    detail::l2norm_forward(exec_, tensor_ref<const E, 3>(x), eps, y, rstd);
   }
   template <class T>
   void l2norm_backward(detail::in_ref<T, 3> dy, detail::in_ref<T, 3> y, detail::in_ref<accumulate_t<T>, 2> rstd,
@@ -156,15 +162,14 @@ class backend {
   }
   template <class T>
   void gated_norm_forward(detail::in_ref<T, 3> o, detail::in_ref<T, 3> z, detail::in_ref<accumulate_t<T>, 1> w,
-                          double eps, tensor_ref<T, 3> y, detail::out_ref<accumulate_t<T>, 2> rstd,
-                          host_stream) const {
+                          double eps, tensor_ref<T, 3> y, detail::out_ref<accumulate_t<T>, 2> rstd, host_stream) const {
     detail::gated_norm_forward(exec_, o, z, w, eps, y, rstd);
   }
   template <class T>
   void gated_norm_backward(detail::in_ref<T, 3> dy, detail::in_ref<T, 3> o, detail::in_ref<T, 3> z,
                            detail::in_ref<accumulate_t<T>, 1> w, detail::in_ref<accumulate_t<T>, 2> rstd,
                            tensor_ref<T, 3> d_o, tensor_ref<T, 3> dz, detail::out_ref<accumulate_t<T>, 1> dw,
-                           host_stream) const {
+                           workspace<host_memory>&, host_stream) const {
     detail::gated_norm_backward(exec_, dy, o, z, w, rstd, d_o, dz, dw);
   }
 
@@ -209,16 +214,14 @@ class backend {
                           const delta_rule_inputs<T, host_memory>& in, const_summaries_ref<T, host_memory> prepared,
                           const_states_ref<T, host_memory> h0, tensor_ref<T, 3> o, states_ref<T, host_memory> ht,
                           workspace<host_memory>& ws, host_stream) const {
-    with_rule([&]<class Rule>(Rule) {
-      detail::delta_rule_forward<Rule, T>(exec_, problem, in, prepared, h0, o, ht, ws);
-    });
+    with_rule(
+        [&]<class Rule>(Rule) { detail::delta_rule_forward<Rule, T>(exec_, problem, in, prepared, h0, o, ht, ws); });
   }
   template <class T>
   void delta_rule_summarise_gradient(const delta_rule_problem<T, host_memory>& problem,
                                      const delta_rule_inputs<T, host_memory>& in,
                                      const_summaries_ref<T, host_memory> prepared, detail::in_ref<T, 3> d_o,
-                                     const_states_ref<T, host_memory> dht,
-                                     tensor_ref<const published_summary, 1> table,
+                                     const_states_ref<T, host_memory> dht, tensor_ref<const published_summary, 1> table,
                                      const_summaries_ref<T, host_memory> own, summaries_ref<T, host_memory> summaries,
                                      workspace<host_memory>& ws, host_stream) const {
     with_rule([&]<class Rule>(Rule) {
@@ -235,11 +238,23 @@ class backend {
       detail::delta_rule_backward<Rule, T>(exec_, problem, in, prepared, h0, d_o, dht, gradients, dh0, ws);
     });
   }
-  template <class T>
+  template <class T, class S>
   void delta_rule_step(std::type_identity_t<accumulate_t<T>> scale, const delta_rule_inputs<T, host_memory>& in,
-                       states_ref<T, host_memory> states, tensor_ref<const std::int32_t, 1> slots, tensor_ref<T, 3> o,
+                       tensor_ref<S, 4> states, tensor_ref<const std::int32_t, 1> slots, tensor_ref<T, 3> o,
                        host_stream) const {
-    detail::delta_rule_step<T, accumulate_t<T>>(exec_, scale, in, states, slots, o);
+    detail::delta_rule_step<T, S>(exec_, scale, in, states, slots, o);
+  }
+
+  // ---- states.hpp ----
+  template <class E, class A>
+  void load_states(tensor_ref<E, 4> pool, tensor_ref<const std::int32_t, 1> slots, tensor_ref<A, 4> out,
+                   host_stream) const {
+    detail::load_states<std::remove_const_t<E>, A>(exec_, pool, slots, out);
+  }
+  template <class E, class S>
+  void store_states(tensor_ref<E, 4> in, tensor_ref<const std::int32_t, 1> slots, tensor_ref<S, 4> pool,
+                    host_stream) const {
+    detail::store_states<std::remove_const_t<E>, S>(exec_, in, slots, pool);
   }
 
  private:
@@ -268,6 +283,7 @@ static_assert(gate_ops<backend<>, float> && gate_ops<backend<>, double>);
 static_assert(norm_ops<backend<>, float> && norm_ops<backend<>, double>);
 static_assert(gated_delta_rule<backend<>, float> && gated_delta_rule<backend<>, double>);
 static_assert(gdn::backend<backend<>, float> && gdn::backend<backend<>, double>);
+static_assert(serving_backend<backend<>, float, bfloat16> && serving_backend<backend<>, double, double>);
 
 }  // namespace kokkos
 }  // namespace v0

@@ -22,7 +22,7 @@ inline constexpr index_t conv_table = 2048;
 /// Wide windows take fewer channels at once, so that tables fit; the bits of a channel stay the same.
 inline index_t conv_channels_for(index_t width) {
   expects<shape_error>(width >= 1, "the convolution must have a width of 1 or more, has", width);
-  expects<backend_error>(width <= conv_table, "the convolution has a width of", width, "; this backend goes up to",
+  expects<backend_error>(width <= conv_table, "the convolution has a width of", width, "and this backend goes up to",
                          conv_table);
   return std::min(conv_channels, conv_table / width);
 }
@@ -59,6 +59,13 @@ struct conv_rows {
   }
 };
 
+/// p += tap * from, channel by channel. All ways to p go through here, so that a compiler that fuses one of them into
+/// multiply-adds fuses all, and decoding gives the bits of a whole sequence.
+template <class A, class T>
+void add_tap(const A* tap, const T* from, index_t channels, A* p) {
+  for (index_t c = 0; c < channels; ++c) p[c] += tap[c] * static_cast<A>(from[c]);
+}
+
 /// p [channels] of row `i`: the sum over the taps, oldest first.
 template <class A, class T>
 void conv_row(const conv_taps<A>& taps, index_t width, const conv_rows<const T>& x, const conv_segment& s, index_t i,
@@ -66,9 +73,7 @@ void conv_row(const conv_taps<A>& taps, index_t width, const conv_rows<const T>&
   std::fill_n(p, channels.count, A(0));
   for (index_t j = 0; j < width; ++j) {
     const T* from = x(s, i - (width - 1) + j, channels.begin);
-    if (from == nullptr) continue;
-    const A* tap = taps[j];
-    for (index_t c = 0; c < channels.count; ++c) p[c] += tap[c] * static_cast<A>(from[c]);
+    if (from != nullptr) add_tap(taps[j], from, channels.count, p);
   }
 }
 
@@ -79,9 +84,9 @@ inline void expects_segments(const tensor_ref<const conv_segment, 1>& segments, 
   for (index_t i = 0; i < segments.extent(0); ++i) {
     const conv_segment& s = segments(i);
     expects<shape_error>(s.begin == next && s.count >= 0, "segment", i, "has", s.count, "rows from", s.begin,
-                         "; it must follow the one before, which ends at", next);
-    expects<shape_error>(s.halo < 0 || s.halo + width - 1 <= halo_rows, "segment", i, "names halo rows from", s.halo,
-                         "; there are", halo_rows);
+                         "and must begin where the one before ends, at", next);
+    expects<shape_error>(s.halo < 0 || s.halo + width - 1 <= halo_rows, "segment", i, "reads", width - 1,
+                         "halo rows from", s.halo, "of a buffer of", halo_rows);
     next += s.count;
   }
   expects<shape_error>(next == length, "segments cover", next, "of", length, "rows");
@@ -97,9 +102,9 @@ inline index_t segment_of(const tensor_ref<const conv_segment, 1>& segments, ind
   return lo;
 }
 
-template <class T, class Exec>
+template <class T, class Y, class Exec>
 void causal_conv1d_forward(const Exec& exec, tensor_ref<const conv_segment, 1> segments, in_ref<T, 2> x,
-                           in_ref<T, 2> halo, in_ref<T, 2> w, activation act, tensor_ref<T, 2> y) {
+                           in_ref<T, 2> halo, in_ref<T, 2> w, activation act, tensor_ref<Y, 2> y) {
   using A = accumulate_t<T>;
   constexpr index_t row_block = 64;
   const index_t length = x.extent(0), dim = w.extent(0), width = w.extent(1);
@@ -120,11 +125,11 @@ void causal_conv1d_forward(const Exec& exec, tensor_ref<const conv_segment, 1> s
     for (index_t t = rows.begin; t < rows.end(); ++t) {
       while (t >= segments(n).begin + segments(n).count) ++n;
       conv_row(taps, width, xs, segments(n), t - segments(n).begin, channels, p);
-      T* ys = &y(t, channels.begin);
+      Y* ys = &y(t, channels.begin);
       if (act == activation::silu) {
-        for (index_t c = 0; c < channels.count; ++c) ys[c] = static_cast<T>(silu(p[c]));
+        for (index_t c = 0; c < channels.count; ++c) ys[c] = static_cast<Y>(silu(p[c]));
       } else {
-        for (index_t c = 0; c < channels.count; ++c) ys[c] = static_cast<T>(p[c]);
+        for (index_t c = 0; c < channels.count; ++c) ys[c] = static_cast<Y>(p[c]);
       }
     }
   });
@@ -184,7 +189,8 @@ void causal_conv1d_backward(const Exec& exec, tensor_ref<const conv_segment, 1> 
           for (index_t c = 0; c < count; ++c) row[c] += tap[c] * dp[c];
           if (const T* xr = xs(s, from, channels.begin)) {
             double* sum = dws + j * count;
-            for (index_t c = 0; c < count; ++c) sum[c] += static_cast<double>(dp[c]) * static_cast<double>(static_cast<A>(xr[c]));
+            for (index_t c = 0; c < count; ++c)
+              sum[c] += static_cast<double>(dp[c]) * static_cast<double>(static_cast<A>(xr[c]));
           }
         }
         close_row(i - (width - 1));
@@ -202,11 +208,10 @@ void causal_conv1d_backward(const Exec& exec, tensor_ref<const conv_segment, 1> 
 }
 
 /// A slot may stand in `slots` once.
-template <class T, class Exec>
+template <class T, class Y, class Exec>
 void causal_conv1d_step(const Exec& exec, in_ref<T, 2> x, tensor_ref<T, 3> states,
-                        tensor_ref<const std::int32_t, 1> slots, in_ref<T, 2> w, activation act, tensor_ref<T, 2> y) {
+                        tensor_ref<const std::int32_t, 1> slots, in_ref<T, 2> w, activation act, tensor_ref<Y, 2> y) {
   using A = accumulate_t<T>;
-  constexpr index_t channel_block = 256;
   const index_t sequences = x.extent(0), dim = w.extent(0), width = w.extent(1);
   expects<shape_error>(width >= 1, "the convolution must have a width of 1 or more, has", width);
   expects_rows(x, "x", {sequences, dim});
@@ -217,26 +222,27 @@ void causal_conv1d_step(const Exec& exec, in_ref<T, 2> x, tensor_ref<T, 3> state
     expects<shape_error>(slots(i) >= -1 && slots(i) < states.extent(0), "slot", slots(i), "of sequence", i,
                          "must lie in -1 to", states.extent(0) - 1);
   }
-  const index_t channel_blocks = blocks_of(dim, channel_block);
+  const index_t channel_blocks = blocks_of(dim, conv_channels);
   for_each_item(exec, sequences * channel_blocks, [=](index_t item) {
     const index_t i = item / channel_blocks;
-    const range channels = block_at(item % channel_blocks, channel_block, dim);
+    const range channels = block_at(item % channel_blocks, conv_channels, dim);
     if (slots(i) < 0) {
-      std::fill_n(&y(i, channels.begin), channels.count, T{});
+      std::fill_n(&y(i, channels.begin), channels.count, Y{});
       return;
     }
-    for (index_t c = channels.begin; c < channels.end(); ++c) {
-      T* state = &states(slots(i), c, 0);
-      const index_t next = states.stride(2);
-      A p = 0;
-      for (index_t j = 0; j + 1 < width; ++j) {
-        state[j * next] = state[(j + 1) * next];
-        p += static_cast<A>(w(c, j)) * static_cast<A>(state[j * next]);
+    A p[conv_channels] = {}, tap[conv_channels];
+    T column[conv_channels];
+    for (index_t j = 0; j < width; ++j) {
+      for (index_t c = 0; c < channels.count; ++c) {
+        const index_t channel = channels.begin + c;
+        column[c] = j + 1 < width ? states(slots(i), channel, j + 1) : x(i, channel);
+        states(slots(i), channel, j) = column[c];
+        tap[c] = static_cast<A>(w(channel, j));
       }
-      state[(width - 1) * next] = x(i, c);
-      p += static_cast<A>(w(c, width - 1)) * static_cast<A>(x(i, c));
-      y(i, c) = static_cast<T>(act == activation::silu ? silu(p) : p);
+      add_tap(tap, column, channels.count, p);
     }
+    Y* ys = &y(i, channels.begin);
+    for (index_t c = 0; c < channels.count; ++c) ys[c] = static_cast<Y>(act == activation::silu ? silu(p[c]) : p[c]);
   });
 }
 

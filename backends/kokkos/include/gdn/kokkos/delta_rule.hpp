@@ -228,14 +228,15 @@ struct recurrent_rule {
               d_delta[j] += ki * Gi[j];
             }
           }
-          A d_beta{0};
+          // Sums over all of a state cancel: in double, whatever the layer's type.
+          double d_beta = 0;
           for (index_t j = 0; j < V; ++j) {
             const A error = static_cast<A>(v[j]) - u[j];
             delta[j] = beta * error;
-            d_beta += d_delta[j] * error;
+            d_beta += static_cast<double>(d_delta[j]) * static_cast<double>(error);
             out.v(segment.begin + t, head, j) = static_cast<T>(beta * d_delta[j]);
           }
-          A d_g{0};
+          double d_g = 0;
           for (index_t i = 0; i < K; ++i) {
             const A ki = static_cast<A>(k[i]);
             A dqi{0};
@@ -246,14 +247,14 @@ struct recurrent_rule {
               dqi += (Si[j] + ki * delta[j]) * static_cast<A>(grad[j]);
               dki += Gi[j] * delta[j] - beta * Si[j] * d_delta[j];
               const A dS = Gi[j] - beta * ki * d_delta[j];
-              d_g += dS * Si[j];
+              d_g += static_cast<double>(dS) * static_cast<double>(Si[j]);
               Gi[j] = alpha * dS;
             }
             dq[t * K + i] += p.scale * dqi;
             dk[t * K + i] += dki;
           }
-          out.g(segment.begin + t, head) = d_g;
-          out.beta(segment.begin + t, head) = d_beta;
+          out.g(segment.begin + t, head) = static_cast<A>(d_g);
+          out.beta(segment.begin + t, head) = static_cast<A>(d_beta);
         }
       }
       if (A* to = state_at(dh0, segment.dh0, head)) std::copy(G, G + state, to);

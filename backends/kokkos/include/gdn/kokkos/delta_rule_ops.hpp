@@ -6,6 +6,8 @@
 #include <array>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
+#include <type_traits>
 
 #include <gdn/concepts/gated_delta_rule.hpp>
 #include <gdn/kokkos/delta_rule.hpp>
@@ -13,6 +15,7 @@
 #include <gdn/kokkos/detail/eigen_map.hpp>
 #include <gdn/kokkos/detail/parallel.hpp>
 #include <gdn/kokkos/detail/workers.hpp>
+#include <gdn/kokkos/states.hpp>
 
 namespace gdn {
 inline namespace v0 {
@@ -176,17 +179,23 @@ void fold(const Exec& exec, index_t heads, index_t K, index_t V, tensor_ref<cons
   });
 }
 
-/// One token per row on its slot of `states`, in place.
-template <class T, class A, class Exec>
-void delta_rule_step(const Exec& exec, A scale, rule_inputs_ref<T> in, tensor_ref<A, 4, host_memory> states,
-                     tensor_ref<const std::int32_t, 1, host_memory> slots, tensor_ref<T, 3, host_memory> o) {
+/// One token per row on its slot of `states`, in place. A state is read twice and written once, so that it is rounded
+/// once; both orders of its axes give the same bits.
+template <class T, class S, class Exec>
+void delta_rule_step(const Exec& exec, accumulate_t<T> scale, rule_inputs_ref<T> in,
+                     tensor_ref<S, 4, host_memory> states, tensor_ref<const std::int32_t, 1, host_memory> slots,
+                     tensor_ref<T, 3, host_memory> o) {
+  using A = accumulate_t<T>;
   constexpr index_t block = 64;
   const index_t Hv = in.v.extent(1);
   const index_t V = in.v.extent(2);
   const index_t K = in.k.extent(2);
   const index_t ratio = Hv / in.k.extent(1);
   const index_t blocks = (V + block - 1) / block;
-  for_each_item(exec, slots.extent(0) * Hv * blocks, [&](index_t at) {
+  expects_shape(states, "states", {states.extent(0), Hv, K, V});
+  expects_pool(states, "states");
+  expects_slots(slots, states.extent(0));
+  for_each_item(exec, slots.extent(0) * Hv * blocks, [=](index_t at) {
     const index_t row = at / blocks / Hv;
     const index_t head = at / blocks % Hv;
     const index_t column = at % blocks * block;
@@ -199,22 +208,30 @@ void delta_rule_step(const Exec& exec, A scale, rule_inputs_ref<T> in, tensor_re
     const T* k = &in.k(row, head / ratio, 0);
     const A alpha = std::exp(in.g(row, head));
     const A beta = static_cast<A>(in.beta(row, head));
+    S* const state = &states(slots(row), head, 0, column);
     A delta[block] = {};
     A out[block] = {};
-    for (index_t i = 0; i < K; ++i) {
-      for (index_t j = 0; j < n; ++j) {
-        A& s = states(slots(row), head, i, column + j);
-        s *= alpha;
-        delta[j] += static_cast<A>(k[i]) * s;
+    A next[block];
+    const auto advance_by = [&](auto value_stride) {
+      for (index_t i = 0; i < K; ++i) {
+        const S* const from = state + i * states.stride(2);
+        const A ki = static_cast<A>(k[i]);
+        for (index_t j = 0; j < n; ++j) delta[j] += ki * (alpha * static_cast<A>(from[j * value_stride]));
       }
-    }
-    for (index_t j = 0; j < n; ++j) delta[j] = beta * (static_cast<A>(in.v(row, head, column + j)) - delta[j]);
-    for (index_t i = 0; i < K; ++i) {
-      for (index_t j = 0; j < n; ++j) {
-        A& s = states(slots(row), head, i, column + j);
-        s += static_cast<A>(k[i]) * delta[j];
-        out[j] += static_cast<A>(q[i]) * scale * s;
+      for (index_t j = 0; j < n; ++j) delta[j] = beta * (static_cast<A>(in.v(row, head, column + j)) - delta[j]);
+      for (index_t i = 0; i < K; ++i) {
+        S* const to = state + i * states.stride(2);
+        const A ki = static_cast<A>(k[i]);
+        const A qi = static_cast<A>(q[i]) * scale;
+        for (index_t j = 0; j < n; ++j) next[j] = alpha * static_cast<A>(to[j * value_stride]) + ki * delta[j];
+        for (index_t j = 0; j < n; ++j) out[j] += qi * next[j];
+        for (index_t j = 0; j < n; ++j) to[j * value_stride] = static_cast<S>(next[j]);
       }
+    };
+    if (states.stride(3) == 1) {
+      advance_by(std::integral_constant<index_t, 1>{});
+    } else {
+      advance_by(states.stride(3));
     }
     for (index_t j = 0; j < n; ++j) o(row, head, column + j) = static_cast<T>(out[j]);
   });

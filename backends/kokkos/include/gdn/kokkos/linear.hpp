@@ -17,17 +17,18 @@ namespace gdn {
 inline namespace v0 {
 namespace kokkos::detail {
 
-/// y tile [rows, columns] = or += x [rows, depth] B [depth, columns] for at most `Rows` rows, through copies: of x and B
-/// in accumulate_t, and of y, which is rounded once at the end. Missing rows up to a full group are zeros.
+/// y tile [rows, columns] = or += x [rows, depth] B [depth, columns] for at most `Rows` rows, through copies: of x and
+/// B in accumulate_t, and of y, which is rounded once at the end. Missing rows up to a full group are zeros.
 template <int BOrder, int Rows, class T>
 void copied_tile(index_t rows, index_t columns, index_t depth, const T* x, index_t x_stride, const T* b,
                  index_t b_stride, bool add, T* y, index_t y_stride) {
   using A = accumulate_t<T>;
-  using blocks = wide_blocks;
+  using blocks = narrow_blocks;  // as deep and as many columns as the wide ones
   constexpr int block_depth = blocks::depth<A>;
   constexpr int group = rows_at_once<A>;
   constexpr bool convert = !std::same_as<T, A>;
-  static_assert(Rows % group == 0);
+  static_assert(Rows % group == 0 && Rows <= blocks::rows);
+  static_assert(blocks::columns == wide_blocks::columns && block_depth == wide_blocks::depth<A>);
   alignas(64) A xs[Rows * block_depth];
   alignas(64) A ys[Rows * blocks::columns];
   alignas(64) A bs[convert ? blocks::columns * block_depth : 1];
@@ -112,8 +113,8 @@ void linear_forward(const Exec& exec, in_ref<T, 2> x, in_ref<T, 2> w, tensor_ref
   expects_unit_stride(x, "x");
   expects_rows(w, "w", {out, in});
   expects_rows(y, "y", {length, out});
-  product_of_rows<Eigen::ColMajor>(exec, length, out, in, x.data(), x.stride(0), w.data(), w.stride(0), false,
-                                   y.data(), y.stride(0));
+  product_of_rows<Eigen::ColMajor>(exec, length, out, in, x.data(), x.stride(0), w.data(), w.stride(0), false, y.data(),
+                                   y.stride(0));
 }
 
 template <class T, class Exec>
@@ -132,7 +133,7 @@ void linear_backward_weight(const Exec& exec, in_ref<T, 2> dy, in_ref<T, 2> x, t
   using A = accumulate_t<T>;
   using blocks = narrow_blocks;
   constexpr int block_rows = 256;
-  constexpr int step = std::same_as<T, A> ? block_rows : blocks::depth<A>;  // rows that are copied at once
+  constexpr int step = std::same_as<T, A> ? block_rows : 64;  // rows that are copied at once
   const index_t length = dy.extent(0), out = dy.extent(1), in = x.extent(1);
   expects_unit_stride(dy, "dy");
   expects_rows(x, "x", {length, in});

@@ -28,8 +28,9 @@ T& scalar_at(const tensor_ref<T, 2>& t, index_t i) noexcept {
   return t(i / t.extent(1), i % t.extent(1));
 }
 
-template <class T, class Exec>
-void l2norm_forward(const Exec& exec, in_ref<T, 3> x, double eps, tensor_ref<T, 3> y,
+/// x in T or accumulate_t.
+template <class X, class T, class Exec>
+void l2norm_forward(const Exec& exec, tensor_ref<const X, 3> x, double eps, tensor_ref<T, 3> y,
                     out_ref<accumulate_t<T>, 2> rstd) {
   using A = accumulate_t<T>;
   const index_t length = x.extent(0), heads = x.extent(1), dim = x.extent(2), vectors = length * heads;
@@ -39,7 +40,7 @@ void l2norm_forward(const Exec& exec, in_ref<T, 3> x, double eps, tensor_ref<T, 
   for_each_item(exec, blocks_of(vectors, vectors_per_item), [=](index_t item) {
     const range own = block_at(item, vectors_per_item, vectors);
     for (index_t n = own.begin; n < own.end(); ++n) {
-      const T* xs = vector_at(x, n);
+      const X* xs = vector_at(x, n);
       T* ys = vector_at(y, n);
       const A squares = lane_sum<A>(dim, [=](index_t i) { return static_cast<A>(xs[i]) * static_cast<A>(xs[i]); });
       const A rho = A(1) / std::sqrt(squares + static_cast<A>(eps));

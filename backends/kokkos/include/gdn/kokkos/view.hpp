@@ -20,7 +20,8 @@ using view_memory =
                        host_memory, device_memory>;
 
 template <class V>
-concept view = Kokkos::is_view_v<V> && V::rank() >= 1;
+concept view = Kokkos::is_view_v<V> && V::rank()
+>= 1;
 
 }  // namespace kokkos
 

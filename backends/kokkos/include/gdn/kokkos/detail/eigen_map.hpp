@@ -19,9 +19,9 @@ using row_major_matrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen:
 
 /// [rows, columns] with any row stride and unit column stride.
 template <class T>
-using matrix_map =
-    Eigen::Map<std::conditional_t<std::is_const_v<T>, const row_major_matrix<std::remove_const_t<T>>, row_major_matrix<T>>,
-               Eigen::Unaligned, Eigen::OuterStride<>>;
+using matrix_map = Eigen::Map<
+    std::conditional_t<std::is_const_v<T>, const row_major_matrix<std::remove_const_t<T>>, row_major_matrix<T>>,
+    Eigen::Unaligned, Eigen::OuterStride<>>;
 
 template <class T>
 matrix_map<T> eigen_map(T* data, index_t rows, index_t columns, index_t row_stride) {
@@ -34,14 +34,14 @@ matrix_map<T> eigen_map(const tensor_ref<T, 2>& t) {
 
 /// Sizes of the blocks that are copied next to each other before they are multiplied. Eigen would choose them from the
 /// caches it finds; fixed sizes give the same order of sums on every machine of one instruction set. The buffers
-/// of `wide` take 224 KiB of the stack, those of `narrow` 112 KiB.
+/// of `wide_blocks` take 224 KiB of the stack, those of `narrow_blocks` 128 KiB.
 struct wide_blocks {
   static constexpr int rows = 256, columns = 192;
   template <class A>
   static constexpr int depth = 512 / sizeof(A);
 };
 struct narrow_blocks {
-  static constexpr int rows = 128, columns = 96;
+  static constexpr int rows = 64, columns = 192;
   template <class A>
   static constexpr int depth = 512 / sizeof(A);
 };
@@ -62,8 +62,8 @@ void add_product(index_t rows, index_t columns, index_t depth, const A* lhs, ind
   using kernel = Eigen::internal::general_matrix_matrix_product<Eigen::Index, A, transposed(RhsOrder), false, A,
                                                                 transposed(LhsOrder), false, Eigen::ColMajor, 1>;
   if (rows <= 0 || columns <= 0 || depth <= 0) return;
-  Eigen::internal::gemm_blocking_space<Eigen::ColMajor, A, A, Blocks::columns, Blocks::rows,
-                                       Blocks::template depth<A>, 1, true>
+  Eigen::internal::gemm_blocking_space<Eigen::ColMajor, A, A, Blocks::columns, Blocks::rows, Blocks::template depth<A>,
+                                       1, true>
       blocking(columns, rows, depth, 1, false);
   kernel::run(columns, rows, depth, rhs, rhs_stride, lhs, lhs_stride, res, 1, res_stride, A(1), blocking, nullptr);
 }

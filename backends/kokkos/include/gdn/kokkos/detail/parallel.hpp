@@ -31,7 +31,9 @@ struct range {
 };
 
 /// How many blocks of `block` cover n.
-constexpr index_t blocks_of(index_t n, index_t block) noexcept { return (n + block - 1) / block; }
+constexpr index_t blocks_of(index_t n, index_t block) noexcept {
+  return (n + block - 1) / block;
+}
 
 /// Block i of [0, n); the last one may be shorter.
 constexpr range block_at(index_t i, index_t block, index_t n) noexcept {
@@ -60,8 +62,8 @@ void for_each_item(const Exec& exec, index_t items, const Body& body) {
 /// Every operation reads and writes its last axis as an array.
 template <class T, int R>
 void expects_unit_stride(const tensor_ref<T, R>& t, std::string_view name) {
-  expects<shape_error>(t.stride(R - 1) == 1 || t.extent(R - 1) <= 1, say("the last axis of", name, "must have stride 1, has"),
-                       t.stride(R - 1));
+  expects<shape_error>(t.stride(R - 1) == 1 || t.extent(R - 1) <= 1, "the last axis of", name,
+                       "must have stride 1, has", t.stride(R - 1));
 }
 
 /// Extents, data and unit stride at once.

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "run_cuda.cuh"
+
+namespace gdn_run {
+
+run_result run_cuda_f16(const options& o, const bundle& b, const gdn::fragment_table& layout) {
+  return run_cuda<gdn::float16>(o, b, layout);
+}
+
+}  // namespace gdn_run
