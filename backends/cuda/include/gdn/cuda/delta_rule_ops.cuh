@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// @file  Launches of the delta rule: persistent blocks, each with scratch of its own.
+
+#include <algorithm>
+
+#include <gdn/core/workspace.hpp>
+#include <gdn/cuda/delta_rule.cuh>
+#include <gdn/cuda/delta_rule_mma.cuh>
+
+namespace gdn {
+inline namespace v0 {
+namespace cuda::detail {
+
+template <class T>
+using problem_ref = const delta_rule_problem<T, device_memory>&;
+template <class T>
+using rule_inputs_ref = const delta_rule_inputs<T, device_memory>&;
+
+template <class T>
+void check_problem(problem_ref<T> p) {
+  expects<shape_error>(p.key_heads >= 1 && p.value_heads % p.key_heads == 0, "value heads", p.value_heads,
+                       "must be a multiple of key heads", p.key_heads);
+  expects<backend_error>(1 <= p.chunk && p.chunk <= max_chunk, "the chunk length must lie in 1 to", max_chunk, ", is",
+                         p.chunk);
+  expects<backend_error>(p.key_dim <= 256 && p.value_dim <= 256, "heads of", p.key_dim, "x", p.value_dim,
+                         "are not supported; 256 is the most");
+}
+
+/// Blocks that run at once, and their scratch.
+struct block_scratch {
+  float* data = nullptr;
+  index_t stride = 0;
+  index_t blocks = 0;
+};
+
+inline block_scratch take_blocks(index_t sm_count, index_t items, index_t elements, workspace<device_memory>& ws) {
+  block_scratch b;
+  b.blocks = std::min<index_t>(items, 4 * sm_count);
+  b.stride = divide_up(elements, 32) * 32;
+  b.data = ws.take<float>(b.blocks, b.stride).data();
+  return b;
+}
+
+template <class T>
+index_t scan_elements(problem_ref<T> p) {
+  return p.key_dim * scan_columns + cta_chunk<T>::elements(p.chunk, p.key_dim, scan_columns);
+}
+template <class T>
+index_t gradient_elements(problem_ref<T> p) {
+  return cta_chunk<T>::elements(p.chunk, p.key_dim, p.value_dim) + 4 * p.chunk * p.key_dim +
+         2 * p.chunk * p.value_dim + 5 * p.chunk * p.chunk;
+}
+template <class T>
+index_t state_elements(problem_ref<T> p) {
+  return p.chunks * p.value_heads * p.key_dim * p.value_dim;
+}
+template <class T>
+index_t scan_blocks(problem_ref<T> p, index_t columns) {
+  return p.value_heads * divide_up(columns, scan_columns);
+}
+
+/// The most that any call takes: backward keeps the states before all chunks, and their gradients.
+template <class T>
+memory_requirement delta_rule_scratch(index_t sm_count, problem_ref<T> p) {
+  constexpr index_t all = index_t{1} << 40;
+  workspace<device_memory> forward;
+  take_blocks(sm_count, all, scan_elements<T>(p), forward);
+  workspace<device_memory> backward;
+  backward.take<float>(2, state_elements<T>(p));
+  take_blocks(sm_count, all, std::max(scan_elements<T>(p), gradient_elements<T>(p)), backward);
+  return {std::max(forward.peak().bytes, backward.peak().bytes)};
+}
+
+/// The chunk inverses, in the layer's type.
+template <class T>
+const T* inverses_of(const_summaries_ref<T, device_memory> prepared) {
+  return reinterpret_cast<const T*>(prepared.data());
+}
+template <class T>
+index_t inverse_elements(problem_ref<T> p) {
+  return divide_up(p.chunks * p.value_heads * p.chunk * p.chunk * static_cast<index_t>(sizeof(T)), sizeof(float));
+}
+
+/// True if the tensor cores' kernels fit: 16-bit types, K = 128, V a multiple of 64, chunks of 64 tokens.
+template <class T>
+bool fits_mma(problem_ref<T> p) {
+  return sizeof(T) == 2 && p.key_dim == mma_key && p.value_dim % mma_values == 0 && p.chunk == mma_chunk;
+}
+/// Rows can be copied in pieces of 16 bytes.
+template <class T>
+bool moves_in_pieces(const tensor_ref<const T, 3, device_memory>& t) {
+  constexpr index_t piece = 16 / sizeof(T);
+  return reinterpret_cast<std::uintptr_t>(t.data()) % 16 == 0 && t.stride(0) % piece == 0 && t.stride(1) % piece == 0;
+}
+template <class T>
+bool moves_in_pieces(rule_inputs_ref<T> in) {
+  return moves_in_pieces(in.q) && moves_in_pieces(in.k) && moves_in_pieces(in.v);
+}
+
+/// prepare() has no workspace: its scratch is three matrices of one chunk per block, behind the inverses.
+template <class T>
+index_t delta_rule_prepared(index_t sm_count, problem_ref<T> p) {
+  return divide_up(inverse_elements<T>(p), 64) * 64 +
+         std::min<index_t>(p.chunks * p.value_heads, 4 * sm_count) * (p.chunk * (p.key_dim + 2 * p.chunk));
+}
+
+template <class T>
+void delta_rule_prepare(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> in,
+                        summaries_ref<T, device_memory> prepared, stream_ref s) {
+  check_problem<T>(p);
+  T* inverses = reinterpret_cast<T*>(prepared.data());
+  if constexpr (sizeof(T) == 2) {
+    if (fits_mma<T>(p) && moves_in_pieces(in.k)) {
+      launch("delta_rule_prepare", prepare_mma_kernel<T>, grid_of(p.chunks, p.key_heads), mma_threads,
+             prepare_mma_shared, s, p, in, inverses);
+      return;
+    }
+  }
+  launch("delta_rule_prepare", prepare_kernel<T>,
+         grid_of(std::min<index_t>(p.chunks * p.value_heads, 4 * sm_count)), cta_threads, 0, s, p, in, inverses,
+         prepared.data() + divide_up(inverse_elements<T>(p), 64) * 64, p.chunk * (p.key_dim + 2 * p.chunk));
+}
+
+template <class T, scan Mode>
+void run_scan(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> in, const scan_targets<T>& to, index_t items,
+              workspace<device_memory>& ws, stream_ref s) {
+  if (items == 0) return;
+  const scoped_mark scope(ws);
+  const block_scratch b = take_blocks(sm_count, items, scan_elements<T>(p), ws);
+  launch("delta_rule_scan", scan_kernel<T, Mode>, grid_of(b.blocks), cta_threads, 0, s, p, in, to, b.data, b.stride);
+}
+
+template <class T>
+void delta_rule_summarise(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> in,
+                          const_summaries_ref<T, device_memory> prepared,
+                          tensor_ref<const published_summary, 1, device_memory> table,
+                          const_states_ref<T, device_memory> h0, summaries_ref<T, device_memory> summaries,
+                          workspace<device_memory>& ws, stream_ref s) {
+  check_problem<T>(p);
+  const scan_targets<T> to{inverses_of<T>(prepared), h0, {}, {}, table, summaries.data(), nullptr};
+  run_scan<T, scan::bias>(sm_count, p, in, to, table.extent(0) * scan_blocks<T>(p, p.value_dim), ws, s);
+  run_scan<T, scan::transition>(sm_count, p, in, to, table.extent(0) * scan_blocks<T>(p, p.key_dim), ws, s);
+}
+
+template <class T>
+void delta_rule_forward(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> in,
+                        const_summaries_ref<T, device_memory> prepared, const_states_ref<T, device_memory> h0,
+                        tensor_ref<T, 3, device_memory> o, states_ref<T, device_memory> ht,
+                        workspace<device_memory>& ws, stream_ref s) {
+  check_problem<T>(p);
+  const scan_targets<T> to{inverses_of<T>(prepared), h0, o, ht, {}, nullptr, nullptr};
+  if constexpr (sizeof(T) == 2) {
+    if (fits_mma<T>(p) && moves_in_pieces<T>(in) && moves_in_pieces(tensor_ref<const T, 3, device_memory>(o))) {
+      launch("delta_rule_forward", scan_mma_kernel<T, scan::output>,
+             grid_of(p.value_dim / mma_values, p.value_heads, p.segments.extent(0)), mma_threads, scan_shared::bytes, s,
+             p, in, to, inverses_of<T>(prepared), nullptr);
+      return;
+    }
+  }
+  run_scan<T, scan::output>(sm_count, p, in, to, p.segments.extent(0) * scan_blocks<T>(p, p.value_dim), ws, s);
+}
+
+template <class T>
+void delta_rule_summarise_gradient(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> in,
+                                   const_summaries_ref<T, device_memory> prepared,
+                                   tensor_ref<const T, 3, device_memory> d_o, const_states_ref<T, device_memory> dht,
+                                   tensor_ref<const published_summary, 1, device_memory> table,
+                                   const_summaries_ref<T, device_memory> own,
+                                   summaries_ref<T, device_memory> summaries, workspace<device_memory>& ws,
+                                   stream_ref s) {
+  check_problem<T>(p);
+  const index_t items = table.extent(0) * scan_blocks<T>(p, p.value_dim);
+  if (items == 0) return;
+  const scoped_mark scope(ws);
+  const block_scratch b = take_blocks(sm_count, items, scan_elements<T>(p), ws);
+  const reverse_targets<T> to{inverses_of<T>(prepared), d_o, dht, table, summaries.data(), nullptr, {}};
+  launch("delta_rule_summarise_gradient", reverse_scan_kernel<T, true>, grid_of(b.blocks), cta_threads, 0, s, p, in, to,
+         b.data, b.stride);
+  launch("transpose_own", transpose_own_kernel<float>, grid_of(table.extent(0), p.value_heads), 256, 0, s, table, p.key_dim,
+         own.data(), summaries.data());
+}
+
+template <class T>
+void delta_rule_backward(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> in,
+                         const_summaries_ref<T, device_memory> prepared, const_states_ref<T, device_memory> h0,
+                         tensor_ref<const T, 3, device_memory> d_o, const_states_ref<T, device_memory> dht,
+                         const delta_rule_gradients<T, device_memory>& out, states_ref<T, device_memory> dh0,
+                         workspace<device_memory>& ws, stream_ref s) {
+  check_problem<T>(p);
+  if (p.tokens == 0) return;
+  const scoped_mark scope(ws);
+  const auto states = ws.take<float>(2, state_elements<T>(p));
+  float* d_states = states.data() + state_elements<T>(p);
+  const index_t items = p.segments.extent(0) * scan_blocks<T>(p, p.value_dim);
+  run_scan<T, scan::states>(sm_count, p, in, {inverses_of<T>(prepared), h0, {}, {}, {}, nullptr, states.data()}, items, ws, s);
+  {
+    const scoped_mark inner(ws);
+    const block_scratch b = take_blocks(sm_count, items, scan_elements<T>(p), ws);
+    const reverse_targets<T> to{inverses_of<T>(prepared), d_o, dht, {}, nullptr, d_states, dh0};
+    launch("delta_rule_reverse_scan", reverse_scan_kernel<T, false>, grid_of(b.blocks), cta_threads, 0, s, p, in, to,
+           b.data, b.stride);
+  }
+  const block_scratch b = take_blocks(sm_count, p.chunks * p.key_heads, gradient_elements<T>(p), ws);
+  launch("delta_rule_gradients", chunk_gradients_kernel<T>, grid_of(b.blocks), cta_threads, 0, s, p, in,
+         inverses_of<T>(prepared), static_cast<const float*>(states.data()), static_cast<const float*>(d_states), d_o, out,
+         b.data, b.stride);
+}
+
+inline void compose(index_t heads, index_t K, index_t V, tensor_ref<const compose_item, 1, device_memory> items,
+                    tensor_ref<float, 1, device_memory> summaries, stream_ref s) {
+  launch("compose", compose_kernel<float>, grid_of(items.extent(0), heads, 2), cta_threads, 0, s, K, V, items.data(),
+         summaries.data());
+}
+
+inline void fold(index_t heads, index_t K, index_t V, tensor_ref<const fold_item, 1, device_memory> items,
+                 tensor_ref<const fold_link, 1, device_memory> links, in_ref<float, 1> summaries,
+                 tensor_ref<float, 4, device_memory> states, stream_ref s) {
+  launch("fold", fold_kernel<float>, grid_of(items.extent(0), heads, divide_up(V, fold_columns)), cta_threads,
+         static_cast<std::size_t>(2 * K * fold_columns) * sizeof(float), s, K, V, items.data(), links.data(),
+         summaries.data(), states);
+}
+
+template <class T, class S>
+void delta_rule_step(float scale, rule_inputs_ref<T> in, tensor_ref<S, 4, device_memory> states,
+                     tensor_ref<const std::int32_t, 1, device_memory> slots, tensor_ref<T, 3, device_memory> o,
+                     stream_ref s) {
+  const index_t K = in.k.extent(2);
+  const index_t groups = divide_up(K, step_rows);
+  expects<backend_error>(groups * step_columns <= 1024, "the decode step holds keys of up to 512 elements, not", K);
+  launch("delta_rule_step", step_kernel<T, S>,
+         grid_of(slots.extent(0), in.v.extent(1), divide_up(in.v.extent(2), step_columns)),
+         static_cast<int>(groups * step_columns),
+         static_cast<std::size_t>(2 * K + 2 * groups * step_columns) * sizeof(float), s, scale, in, states,
+         slots.data(), o);
+}
+
+}  // namespace cuda::detail
+}  // namespace v0
+}  // namespace gdn

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// @file  States of sequences between the slots of a pool, with any strides and types, and dense buffers.
+
+#include <concepts>
+#include <cstdint>
+#include <string_view>
+
+#include <gdn/core/tensor.hpp>
+#include <gdn/cuda/detail/launch.cuh>
+#include <gdn/cuda/rows.cuh>
+
+namespace gdn {
+inline namespace v0 {
+namespace cuda::detail {
+
+template <class To, class From>
+__device__ inline To converted(From v) {
+  if constexpr (std::same_as<To, From>) {
+    return v;
+  } else {
+    return static_cast<To>(static_cast<float>(v));
+  }
+}
+
+/// Tiles of 32 x 32, read along the unit axis of the source and written along that of the target. A block does one
+/// tile of one head of one sequence; without data to load from, or to store, it writes zeros.
+template <bool Load, class From, class To>
+__global__ void move_states_kernel(tensor_ref<const From, 4, device_memory> from, tensor_ref<To, 4, device_memory> to,
+                                   const std::int32_t* slots, bool keys_unit) {
+  __shared__ To tile[32][33];
+  const index_t K = to.extent(2);
+  const index_t V = to.extent(3);
+  const index_t row = blockIdx.x;
+  const index_t head = blockIdx.y;
+  const index_t tiles = (V + 31) / 32;
+  const index_t k0 = static_cast<index_t>(blockIdx.z) / tiles * 32;
+  const index_t v0 = static_cast<index_t>(blockIdx.z) % tiles * 32;
+  const std::int32_t slot = slots[row];
+  if (!Load && slot < 0) return;
+  const bool zeros = Load ? slot < 0 : from.data() == nullptr;
+  const auto x = static_cast<index_t>(threadIdx.x % 32);
+  const bool turn_in = Load && keys_unit;  // x runs over K where the pool's unit axis is K
+  const bool turn_out = !Load && keys_unit;
+  for (index_t y = threadIdx.x / 32; y < 32; y += blockDim.x / 32) {
+    const index_t k = k0 + (turn_in ? x : y);
+    const index_t v = v0 + (turn_in ? y : x);
+    if (k >= K || v >= V) continue;
+    tile[k - k0][v - v0] = zeros ? static_cast<To>(0.0f) : converted<To>(from(Load ? slot : row, head, k, v));
+  }
+  __syncthreads();
+  for (index_t y = threadIdx.x / 32; y < 32; y += blockDim.x / 32) {
+    const index_t k = k0 + (turn_out ? x : y);
+    const index_t v = v0 + (turn_out ? y : x);
+    if (k < K && v < V) to(Load ? row : slot, head, k, v) = tile[k - k0][v - v0];
+  }
+}
+
+template <class T>
+bool keys_unit(const tensor_ref<T, 4, device_memory>& pool, std::string_view name) {
+  const auto unit = [&](int axis) { return pool.stride(axis) == 1 || pool.extent(axis) <= 1; };
+  expects<shape_error>(unit(2) || unit(3), name, "must have stride 1 in one of its last two axes, has", pool.stride(2),
+                       "and", pool.stride(3));
+  return !unit(3);
+}
+
+template <bool Load, class From, class To>
+void move_states(tensor_ref<const From, 4, device_memory> from, tensor_ref<To, 4, device_memory> to,
+                 tensor_ref<const std::int32_t, 1, device_memory> slots, bool keys_unit, stream_ref s) {
+  const index_t tiles = divide_up(to.extent(2), 32) * divide_up(to.extent(3), 32);
+  launch(Load ? "load_states" : "store_states", move_states_kernel<Load, From, To>,
+         grid_of(slots.extent(0), to.extent(1), tiles), 256, 0, s, from, to, slots.data(), keys_unit);
+}
+
+template <class S, class A>
+void load_states(tensor_ref<const S, 4, device_memory> pool, tensor_ref<const std::int32_t, 1, device_memory> slots,
+                 tensor_ref<A, 4, device_memory> out, stream_ref s) {
+  expects_shape(out, "the states", {slots.extent(0), pool.extent(1), pool.extent(2), pool.extent(3)});
+  expects<shape_error>(is_contiguous(out), "the states must be row-major without gaps");
+  move_states<true>(pool, out, slots, keys_unit(pool, "the pool"), s);
+}
+
+template <class A, class S>
+void store_states(tensor_ref<const A, 4, device_memory> in, tensor_ref<const std::int32_t, 1, device_memory> slots,
+                  tensor_ref<S, 4, device_memory> pool, stream_ref s) {
+  if (in.data() != nullptr) {
+    expects_shape(in, "the states", {slots.extent(0), pool.extent(1), pool.extent(2), pool.extent(3)});
+    expects<shape_error>(is_contiguous(in), "the states must be row-major without gaps");
+  }
+  move_states<false>(in, pool, slots, keys_unit(pool, "the pool"), s);
+}
+
+}  // namespace cuda::detail
+}  // namespace v0
+}  // namespace gdn
