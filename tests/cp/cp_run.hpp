@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// @file  The convolution and the delta rule on their own, over any number of ranks; inputs and results as one stream.
+
+#include <algorithm>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include <gdn/comm/threads.hpp>
+#include <support/block.hpp>
+#include <support/layer_case.hpp>
+
+namespace gdn_test {
+
+/// A stream of documents over ranks.
+struct stream_spread {
+  int world = 1;
+  gdn::fragment_table rows;
+  gdn::packing pack;
+  gdn::plan_options options{.strategy = gdn::strategy::in_place};
+  index_t chunk = 64;
+  rule_kind rule = rule_kind::chunked;
+  int threads = 1;
+
+  stream_spread on_one_rank() const {
+    stream_spread out = *this;
+    out.world = 1;
+    out.rows = gdn::contiguous_layout{pack.rows(), 1}.fragments();
+    out.threads = 2;
+    return out;
+  }
+};
+
+/// Documents of these lengths, without padding, in one row over ranks.
+template <class Layout>
+stream_spread documents_over(const std::vector<index_t>& lengths, Layout layout) {
+  std::vector<index_t> cu = {0};
+  for (const index_t n : lengths) cu.push_back(cu.back() + n);
+  layout.rows = cu.back();
+  stream_spread s;
+  s.world = layout.world_size();
+  s.rows = layout.fragments();
+  s.pack = gdn::packing::from_cu_seqlens(cu, {}, 1, cu.back());
+  return s;
+}
+
+/// One rank's plan with its tables in memory.
+class placed_plan {
+ public:
+  template <class T>
+  placed_plan(const layer_api<T>& api, const stream_spread& s, const gdn::plan_shape& shape, index_t channels, int rank)
+      : host(gdn::plan_context_parallel(s.rows, s.pack, shape, channels, s.options, s.world, rank)),
+        block_(gdn::resident_requirement<gdn::host_memory>(host)),
+        memory_(block_.workspace()),
+        resident(api.upload(host, memory_)) {}
+
+ private:
+  gdn::cp_plan host;
+  poisoned_block block_;
+  memory_block memory_;
+
+ public:
+  plan_on_host resident;
+};
+
+// ---- convolution ----------------------------------------------------------------------------------------------------
+
+struct conv_numbers {
+  index_t channels = 0, width = 4;
+  gdn::activation act = gdn::activation::silu;
+  values x, dy;              // [tokens, D]
+  values w;                  // [D, W]
+  values initial, d_final;   // [N, D, W]
+};
+struct conv_answers {
+  values y, dx, dw, final_, d_initial;
+};
+
+inline conv_numbers random_conv(random_source& random, index_t tokens, index_t documents, index_t channels, index_t width,
+                                double scale = 1) {
+  return {channels,
+          width,
+          gdn::activation::silu,
+          random_values(random, tokens * channels, scale),
+          random_values(random, tokens * channels),
+          random_values(random, channels * width),
+          random_values(random, documents * channels * width, scale),
+          random_values(random, documents * channels * width)};
+}
+
+template <class T>
+conv_answers run_conv(const conv_numbers& n, const stream_spread& s) {
+  using A = gdn::accumulate_t<T>;
+  const index_t D = n.channels, W = n.width;
+  conv_answers out{values(n.x.size()), values(n.x.size()), values(n.w.size()), values(n.initial.size()),
+                   values(n.initial.size())};
+  std::vector<std::vector<A>> dw_of(static_cast<std::size_t>(s.world));
+  std::mutex mutex;
+  gdn::run_on_threads(s.world, [&](gdn::thread_communicator& transport) {
+    any_communicator comm(transport);
+    const int me = comm.rank();
+    const layer_api<T> api(s.rule, s.threads);
+    const placed_plan placed(api, s, {W, {}, s.chunk}, D, me);
+    const gdn::cp_plan& plan = placed.resident.host;
+    const index_t L = plan.compute_rows;
+    const auto n_in = static_cast<index_t>(plan.entering.size()), n_out = static_cast<index_t>(plan.leaving.size());
+    const auto nan = std::numeric_limits<T>::quiet_NaN();
+    std::vector<T> x = rows_of_rank<T>(n.x, plan.table, me, D), dy = rows_of_rank<T>(n.dy, plan.table, me, D);
+    x.resize(static_cast<std::size_t>((L + plan.halo.state_rows) * D), nan);
+    std::vector<T> w(n.w.begin(), n.w.end()), dx(x.size(), nan), y(dy.size(), nan);
+    std::vector<T> halo(static_cast<std::size_t>(plan.halo.rows() * D), nan), d_halo = halo;
+    std::vector<T> initial = entries<T>(n.initial, plan.entering, D * W), d_initial(initial.size(), nan);
+    std::vector<T> d_final = entries<T>(n.d_final, plan.leaving, D * W), final_(d_final.size(), nan);
+    std::vector<A> dw(n.w.size(), A{0});
+    const auto matrix = [&](auto& v, index_t width) {
+      return gdn::make_tensor(v.data(), static_cast<index_t>(v.size()) / width, width);
+    };
+    const auto states = [&](auto& v, index_t count) { return gdn::make_tensor(v.data(), count, D, W); };
+    gdn::tensor_ref<T, 3> from, to, d_from, d_to;
+    if (s.options.initial_state) from = states(initial, n_in), d_from = states(d_initial, n_in);
+    if (s.options.final_state) to = states(final_, n_out), d_to = states(d_final, n_out);
+
+    poisoned_block block(gdn::history_scratch<T, gdn::host_memory>(plan, D));
+    memory_block ws = block.workspace();
+    api.causal_conv1d(comm, placed.resident, matrix(x, D), matrix(w, W), n.act, from, matrix(halo, D), matrix(y, D), to,
+                      ws);
+    block.poison();
+    api.causal_conv1d_backward(comm, placed.resident, matrix(x, D), matrix(halo, D), matrix(w, W), n.act, matrix(dy, D),
+                               d_to, matrix(dx, D), matrix(d_halo, D), matrix(dw, W), d_from, ws);
+    EXPECT_TRUE(block.guards_hold() && ws.used() == 0);
+    const std::lock_guard lock(mutex);
+    put_rows_of_rank(y, plan.table, me, D, out.y);
+    dx.resize(static_cast<std::size_t>(L * D));
+    put_rows_of_rank(dx, plan.table, me, D, out.dx);
+    if (s.options.final_state) put_entries(final_, plan.leaving, D * W, out.final_);
+    if (s.options.initial_state) put_entries(d_initial, plan.entering, D * W, out.d_initial);
+    dw_of[static_cast<std::size_t>(me)] = dw;
+  }, std::chrono::seconds(60));
+  for (const auto& part : dw_of) {
+    for (std::size_t i = 0; i < part.size(); ++i) out.dw[i] += static_cast<double>(part[i]);
+  }
+  return out;
+}
+
+inline testing::AssertionResult near(const conv_answers& got, const conv_answers& want, double limit) {
+  auto failure = testing::AssertionFailure();
+  bool ok = true;
+  const auto check = [&](const char* name, const values& a, const values& b) {
+    const double error = rms_error(a, b);
+    if (error <= limit) return;
+    ok = false;
+    failure << "\n  rms error of " << name << " is " << error << " of its size, limit " << limit;
+  };
+  check("y", got.y, want.y);
+  check("dx", got.dx, want.dx);
+  check("dw", got.dw, want.dw);
+  check("final state", got.final_, want.final_);
+  check("d initial state", got.d_initial, want.d_initial);
+  return ok ? testing::AssertionSuccess() : failure;
+}
+
+// ---- delta rule -----------------------------------------------------------------------------------------------------
+
+struct rule_stream {
+  index_t key_heads = 1, value_heads = 1, K = 1, V = 1;
+  values q, k, v, d_o, g, beta;  // [tokens, heads, ..]; q and k of unit length
+  values initial, d_final;       // [N, Hv, K, V]
+};
+struct rule_stream_answers {
+  values o, dq, dk, dv, dg, dbeta, final_, d_initial;
+};
+
+/// As FLA's CP tests: g = logsigmoid(normal), beta = sigmoid(normal).
+inline rule_stream random_rule(random_source& random, index_t tokens, index_t documents, index_t Hk, index_t Hv, index_t K,
+                               index_t V) {
+  rule_stream r{Hk, Hv, K, V, {}, {}, {}, {}, {}, {}, {}, {}};
+  std::normal_distribution<float> normal;
+  const auto draw = [&](index_t n) {
+    values out(static_cast<std::size_t>(n));
+    for (double& x : out) x = static_cast<double>(normal(random.engine()));
+    return out;
+  };
+  const auto to_float = [](double x) { return static_cast<double>(static_cast<float>(x)); };
+  r.q = draw(tokens * Hk * K);
+  r.k = draw(tokens * Hk * K);
+  for (values* t : {&r.q, &r.k}) {
+    for (auto row = t->begin(); row != t->end(); row += K) {
+      double sum = 1e-6;
+      for (auto i = row; i != row + K; ++i) sum += *i * *i;
+      for (auto i = row; i != row + K; ++i) *i = to_float(*i / std::sqrt(sum));
+    }
+  }
+  r.v = draw(tokens * Hv * V);
+  r.d_o = draw(tokens * Hv * V);
+  r.g = draw(tokens * Hv);
+  for (double& x : r.g) x = to_float(-std::log1p(std::exp(-x)));
+  r.beta = draw(tokens * Hv);
+  for (double& x : r.beta) x = to_float(1 / (1 + std::exp(-x)));
+  r.initial = random_values(random, documents * Hv * K * V, 0.5);
+  r.d_final = random_values(random, documents * Hv * K * V, 0.5);
+  return r;
+}
+
+template <class T>
+rule_stream_answers run_rule(const rule_stream& n, const stream_spread& s, std::vector<message_counts>* counts = nullptr) {
+  using A = gdn::accumulate_t<T>;
+  const index_t Hk = n.key_heads, Hv = n.value_heads, K = n.K, V = n.V, state = Hv * K * V;
+  rule_stream_answers out{values(n.v.size()),    values(n.q.size()),       values(n.k.size()),
+                          values(n.v.size()),    values(n.g.size()),       values(n.g.size()),
+                          values(n.initial.size()), values(n.initial.size())};
+  if (counts != nullptr) counts->resize(static_cast<std::size_t>(s.world));
+  std::mutex mutex;
+  gdn::run_on_threads(s.world, [&](gdn::thread_communicator& transport) {
+    counting_communicator counted(transport);
+    any_communicator comm(counted);
+    const int me = comm.rank();
+    const layer_api<T> api(s.rule, s.threads);
+    const placed_plan placed(api, s, {1, {Hv, K, V}, s.chunk}, 1, me);
+    const gdn::cp_plan& plan = placed.resident.host;
+    const index_t L = plan.compute_rows;
+    const auto n_in = static_cast<index_t>(plan.entering.size()), n_out = static_cast<index_t>(plan.leaving.size());
+    const auto part = [&](const values& all, index_t width) { return rows_of_rank<T>(all, plan.table, me, width); };
+    const auto nan = std::numeric_limits<T>::quiet_NaN();
+    auto q = part(n.q, Hk * K), k = part(n.k, Hk * K), v = part(n.v, Hv * V), d_o = part(n.d_o, Hv * V);
+    auto beta = part(n.beta, Hv);
+    auto g = rows_of_rank<A>(n.g, plan.table, me, Hv);
+    std::vector<T> o(v.size(), nan), dq(q.size(), nan), dk(q.size(), nan), dv(v.size(), nan);
+    std::vector<A> dg(g.size(), static_cast<A>(nan)), dbeta = dg;
+    auto initial = entries<A>(n.initial, plan.entering, state), d_final = entries<A>(n.d_final, plan.leaving, state);
+    std::vector<A> final_(d_final.size(), static_cast<A>(nan)), d_initial(initial.size(), static_cast<A>(nan));
+    const auto heads = [&](auto& t, index_t h, index_t d) { return gdn::make_tensor(t.data(), L, h, d); };
+    const auto rows = [&](auto& t) { return gdn::make_tensor(t.data(), L, Hv); };
+    const auto states = [&](auto& t, index_t count) { return gdn::make_tensor(t.data(), count, Hv, K, V); };
+    gdn::states_ref<T, gdn::host_memory> from, to, d_from, d_to;
+    if (s.options.initial_state) from = states(initial, n_in), d_from = states(d_initial, n_in);
+    if (s.options.final_state) to = states(final_, n_out), d_to = states(d_final, n_out);
+
+    memory_block measure;
+    api.take_rule_tape(Hk, placed.resident, measure);
+    poisoned_block tape_block(measure.peak()), block(api.rule_scratch(Hk, placed.resident));
+    memory_block tape_memory = tape_block.workspace(), ws = block.workspace();
+    const auto tape = api.take_rule_tape(Hk, placed.resident, tape_memory);
+    const gdn::delta_rule_inputs<T, gdn::host_memory> in{heads(q, Hk, K), heads(k, Hk, K), heads(v, Hv, V), rows(g),
+                                                         rows(beta)};
+    api.gated_delta_rule(comm, placed.resident, in, from, heads(o, Hv, V), to, tape, ws);
+    block.poison();
+    api.gated_delta_rule_backward(comm, placed.resident, in, heads(d_o, Hv, V), d_to,
+                                  {heads(dq, Hk, K), heads(dk, Hk, K), heads(dv, Hv, V), rows(dg), rows(dbeta)}, d_from,
+                                  tape, ws);
+    EXPECT_TRUE(block.guards_hold() && tape_block.guards_hold() && ws.used() == 0);
+    const std::lock_guard lock(mutex);
+    put_rows_of_rank(o, plan.table, me, Hv * V, out.o);
+    put_rows_of_rank(dq, plan.table, me, Hk * K, out.dq);
+    put_rows_of_rank(dk, plan.table, me, Hk * K, out.dk);
+    put_rows_of_rank(dv, plan.table, me, Hv * V, out.dv);
+    put_rows_of_rank(dg, plan.table, me, Hv, out.dg);
+    put_rows_of_rank(dbeta, plan.table, me, Hv, out.dbeta);
+    if (s.options.final_state) put_entries(final_, plan.leaving, state, out.final_);
+    if (s.options.initial_state) put_entries(d_initial, plan.entering, state, out.d_initial);
+    if (counts != nullptr) (*counts)[static_cast<std::size_t>(me)] = counted.take();
+  }, std::chrono::seconds(60));
+  return out;
+}
+
+inline testing::AssertionResult near(const rule_stream_answers& got, const rule_stream_answers& want, double limit) {
+  auto failure = testing::AssertionFailure();
+  bool ok = true;
+  const auto check = [&](const char* name, const values& a, const values& b) {
+    const double error = rms_error(a, b);
+    if (error <= limit) return;
+    ok = false;
+    failure << "\n  rms error of " << name << " is " << error << " of its size, limit " << limit;
+  };
+  check("o", got.o, want.o);
+  check("dq", got.dq, want.dq);
+  check("dk", got.dk, want.dk);
+  check("dv", got.dv, want.dv);
+  check("dg", got.dg, want.dg);
+  check("dbeta", got.dbeta, want.dbeta);
+  check("final state", got.final_, want.final_);
+  check("d initial state", got.d_initial, want.d_initial);
+  return ok ? testing::AssertionSuccess() : failure;
+}
+
+/// The first difference in bits between two results, or nothing.
+template <class Answers>
+bool same_bits(const Answers& a, const Answers& b);
+template <>
+inline bool same_bits(const rule_stream_answers& a, const rule_stream_answers& b) {
+  return a.o == b.o && a.dq == b.dq && a.dk == b.dk && a.dv == b.dv && a.dg == b.dg && a.dbeta == b.dbeta &&
+         a.final_ == b.final_ && a.d_initial == b.d_initial;
+}
+template <>
+inline bool same_bits(const conv_answers& a, const conv_answers& b) {
+  return a.y == b.y && a.dx == b.dx && a.dw == b.dw && a.final_ == b.final_ && a.d_initial == b.d_initial;
+}
+
+}  // namespace gdn_test

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <conformance/states.hpp>
+#include <cuda/setup.cuh>
+
+namespace gdn_test {
+INSTANTIATE_TYPED_TEST_SUITE_P(cuda_float, states_conformance, cuda_setup<float>);
+INSTANTIATE_TYPED_TEST_SUITE_P(cuda_bfloat16, states_conformance, cuda_setup<gdn::bfloat16>);
+}  // namespace gdn_test

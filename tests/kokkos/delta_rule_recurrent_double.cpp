@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <conformance/delta_rule.hpp>
+#include <kokkos/delta_rule_setup.hpp>
+
+namespace gdn_test {
+INSTANTIATE_TYPED_TEST_SUITE_P(kokkos_recurrent_double, delta_rule_conformance, recurrent_setup<double>);
+}  // namespace gdn_test

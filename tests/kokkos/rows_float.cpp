@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <conformance/rows.hpp>
+#include <kokkos/setup.hpp>
+
+namespace gdn_test {
+INSTANTIATE_TYPED_TEST_SUITE_P(kokkos_float, rows_conformance, kokkos_setup<float>);
+}  // namespace gdn_test
