@@ -134,7 +134,7 @@ struct with_rank_of_object {  // known only at run time
   int stride(int) const;
 };
 struct with_rank_of_run_time : with_rank_of_object {
-  static int rank();
+  static int rank() { return 1; }
 };
 struct with_memory_that_says_nothing : without_memory {
   using memory_type = int;

@@ -86,9 +86,10 @@ class head_run {
         read_[static_cast<std::size_t>(j)] += k * row[j];
       }
     }
+    const double b = beta(t);
     for (index_t j = 0; j < V_; ++j) {
       const auto at = static_cast<std::size_t>(j);
-      delta_[at] = beta(t) * (value(t)[j] - read_[at]);
+      delta_[at] = b * (value(t)[j] - read_[at]);
     }
   }
   void advance(index_t t, state& S) {
@@ -104,7 +105,7 @@ class head_run {
   void token_backward(index_t t, state& S, state& G, rule_answers& out) {
     const index_t row = s_.begin + t;
     const double *q = query(t), *k = key(t), *d_o = &n_.d_o(row, head_, 0);
-    const double b = beta(t);
+    const double a = alpha(t), b = beta(t);
     decay(t, S);  // S~
     std::fill(d_delta_.begin(), d_delta_.end(), 0.0);
     for (index_t i = 0; i < K_; ++i) {
@@ -131,7 +132,7 @@ class head_run {
         dk += Gi[j] * delta_[at] - b * Si[j] * d_delta_[at];
         Gi[j] -= b * k[i] * d_delta_[at];
         d_g += Gi[j] * Si[j];
-        Gi[j] *= alpha(t);
+        Gi[j] *= a;
       }
       out.dq(row, key_head_, i) += n_.scale * dq;
       out.dk(row, key_head_, i) += dk;
