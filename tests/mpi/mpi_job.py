@@ -45,24 +45,36 @@ def run(mpirun, folder, commands, faults=None, timeout=120):
         job.terminate()
         stdout, stderr = job.communicate()
         raise AssertionError(f"the job hangs\n{stdout}{stderr}")
-    codes, end = {}, begin
-    for note in notes.iterdir():
-        code, when = note.read_text().split()
-        codes[int(note.name)] = int(code)
-        end = max(end, float(when))
-    return Outcome(codes, max(end, time.time()) - begin, stdout, stderr, job.returncode)
+    codes, end, patience = {}, time.time(), time.time() + 10
+    while len(codes) < len(commands) and time.time() < patience:
+        for note in notes.iterdir():
+            if note.name.isdigit():
+                code, when = note.read_text().split()
+                codes[int(note.name)] = int(code)
+                end = max(end, float(when))
+        time.sleep(0.01)
+    return Outcome(codes, end - begin, stdout, stderr, job.returncode)
 
 
 def one_process(notes, command):
+    """Two processes: what mpirun started, and one in a group of its own that mpirun does not end, which starts the command in
+    the group of the first and sees how it ends."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the command sets its own
+    group = os.getpgrp()
+    watcher = os.fork()
+    if watcher:
+        return os.waitstatus_to_exitcode(os.waitpid(watcher, 0)[1])
+    os.setpgid(0, 0)
     rank = os.environ["OMPI_COMM_WORLD_RANK"]
     environment = dict(os.environ)
     if f"GDN_FAULT_{rank}" in environment:
         environment["GDN_FAULT"] = environment[f"GDN_FAULT_{rank}"]
         environment["LD_PRELOAD"] = environment["GDN_FAULT_LIBRARY"]
         environment["ASAN_OPTIONS"] = environment.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"
-    code = subprocess.call(command, env=environment)
-    (Path(notes) / rank).write_text(f"{code} {time.time()}")
+    code = subprocess.call(command, env=environment, preexec_fn=lambda: os.setpgid(0, group))
+    note = Path(notes) / f"{rank}.part"
+    note.write_text(f"{code} {time.time()}")
+    note.rename(Path(notes) / rank)
     return code if code >= 0 else 128 - code
 
 
