@@ -3,10 +3,16 @@
 /// @file  Launches of the delta rule: persistent blocks, each with scratch of its own.
 
 #include <algorithm>
+#include <cstdint>
+#include <string_view>
+#include <type_traits>
 
 #include <gdn/core/workspace.hpp>
 #include <gdn/cuda/delta_rule.cuh>
-#include <gdn/cuda/delta_rule_mma.cuh>
+#include <gdn/cuda/mma_gradients.cuh>
+#include <gdn/cuda/mma_prepare.cuh>
+#include <gdn/cuda/mma_reverse_scan.cuh>
+#include <gdn/cuda/mma_scan.cuh>
 
 namespace gdn {
 inline namespace v0 {
@@ -60,13 +66,48 @@ index_t scan_blocks(problem_ref<T> p, index_t columns) {
   return p.value_heads * divide_up(columns, scan_columns);
 }
 
+/// True if the tensor cores' kernels do this: 16-bit types, chunks of 64 tokens, K up to 128, K and V multiples of 16.
+template <class T>
+constexpr bool fits_mma(problem_ref<T> p) {
+  return sizeof(T) == 2 && p.chunk == mma_chunk && p.key_dim <= 128 && p.key_dim % 16 == 0 && p.value_dim % 16 == 0;
+}
+/// Those kernels copy rows in pieces of 16 bytes.
+template <class T>
+void check_pieces(std::string_view name, const tensor_ref<T, 3, device_memory>& t) {
+  constexpr index_t piece = 16 / sizeof(T);
+  expects<backend_error>(reinterpret_cast<std::uintptr_t>(t.data()) % 16 == 0 && t.stride(0) % piece == 0 &&
+                             t.stride(1) % piece == 0,
+                         "rows of", name, "must start at multiples of 16 bytes; the strides are", t.stride(0), "and",
+                         t.stride(1), "elements");
+}
+template <class T>
+void check_pieces(rule_inputs_ref<T> in) {
+  check_pieces("q", in.q);
+  check_pieces("k", in.k);
+  check_pieces("v", in.v);
+}
+/// Calls f with the compiled width of keys that holds key_dim, as a constant.
+template <class F>
+void with_key_width(index_t key_dim, F&& f) {
+  if (mma_key_width(key_dim) == 64) {
+    f(std::integral_constant<int, 64>{});
+  } else {
+    f(std::integral_constant<int, 128>{});
+  }
+}
+inline index_t mma_blocks(index_t columns) { return divide_up(columns, mma_values); }
+
 /// The most that any call takes: backward keeps the states before all chunks, and their gradients.
 template <class T>
 memory_requirement delta_rule_scratch(index_t sm_count, problem_ref<T> p) {
+  workspace<device_memory> backward;
+  if (fits_mma<T>(p)) {
+    backward.take<T>(2, mma_state_elements(p));
+    return backward.peak();
+  }
   constexpr index_t all = index_t{1} << 40;
   workspace<device_memory> forward;
   take_blocks(sm_count, all, scan_elements<T>(p), forward);
-  workspace<device_memory> backward;
   backward.take<float>(2, state_elements<T>(p));
   take_blocks(sm_count, all, std::max(scan_elements<T>(p), gradient_elements<T>(p)), backward);
   return {std::max(forward.peak().bytes, backward.peak().bytes)};
@@ -82,27 +123,12 @@ index_t inverse_elements(problem_ref<T> p) {
   return divide_up(p.chunks * p.value_heads * p.chunk * p.chunk * static_cast<index_t>(sizeof(T)), sizeof(float));
 }
 
-/// True if the tensor cores' kernels fit: 16-bit types, K = 128, V a multiple of 64, chunks of 64 tokens.
-template <class T>
-bool fits_mma(problem_ref<T> p) {
-  return sizeof(T) == 2 && p.key_dim == mma_key && p.value_dim % mma_values == 0 && p.chunk == mma_chunk;
-}
-/// Rows can be copied in pieces of 16 bytes.
-template <class T>
-bool moves_in_pieces(const tensor_ref<const T, 3, device_memory>& t) {
-  constexpr index_t piece = 16 / sizeof(T);
-  return reinterpret_cast<std::uintptr_t>(t.data()) % 16 == 0 && t.stride(0) % piece == 0 && t.stride(1) % piece == 0;
-}
-template <class T>
-bool moves_in_pieces(rule_inputs_ref<T> in) {
-  return moves_in_pieces(in.q) && moves_in_pieces(in.k) && moves_in_pieces(in.v);
-}
-
 /// prepare() has no workspace: its scratch is three matrices of one chunk per block, behind the inverses.
 template <class T>
 index_t delta_rule_prepared(index_t sm_count, problem_ref<T> p) {
-  return divide_up(inverse_elements<T>(p), 64) * 64 +
-         std::min<index_t>(p.chunks * p.value_heads, 4 * sm_count) * (p.chunk * (p.key_dim + 2 * p.chunk));
+  const index_t inverses = divide_up(inverse_elements<T>(p), 64) * 64;
+  if (fits_mma<T>(p)) return inverses;
+  return inverses + std::min<index_t>(p.chunks * p.value_heads, 4 * sm_count) * (p.chunk * (p.key_dim + 2 * p.chunk));
 }
 
 template <class T>
@@ -111,15 +137,43 @@ void delta_rule_prepare(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> i
   check_problem<T>(p);
   T* inverses = reinterpret_cast<T*>(prepared.data());
   if constexpr (sizeof(T) == 2) {
-    if (fits_mma<T>(p) && moves_in_pieces(in.k)) {
-      launch("delta_rule_prepare", prepare_mma_kernel<T>, grid_of(p.chunks, p.key_heads), mma_threads,
-             prepare_mma_shared, s, p, in, inverses);
+    if (fits_mma<T>(p)) {
+      check_pieces("k", in.k);
+      with_key_width(p.key_dim, [&](auto key) {
+        launch("delta_rule_prepare", prepare_mma_kernel<T, key()>, grid_of(p.chunks, p.key_heads), prepare_mma_threads,
+               prepare_mma_shared<key()>, s, p, in, inverses);
+      });
       return;
     }
   }
   launch("delta_rule_prepare", prepare_kernel<T>,
          grid_of(std::min<index_t>(p.chunks * p.value_heads, 4 * sm_count)), cta_threads, 0, s, p, in, inverses,
          prepared.data() + divide_up(inverse_elements<T>(p), 64) * 64, p.chunk * (p.key_dim + 2 * p.chunk));
+}
+
+/// Walks over `units` segments or published segments.
+template <class T, scan Mode>
+void run_scan_mma(problem_ref<T> p, rule_inputs_ref<T> in, const scan_targets<T>& to, index_t units, T* states,
+                  stream_ref s) {
+  check_pieces<T>(in);
+  const index_t columns = Mode == scan::transition ? p.key_dim : p.value_dim;
+  with_key_width(p.key_dim, [&](auto key) {
+    launch("delta_rule_scan", scan_mma_kernel<T, key(), Mode>, grid_of(mma_blocks(columns), p.value_heads, units),
+           scan_mma_threads, scan_shared<key()>::bytes, s, p, in, to, states);
+  });
+}
+
+template <class T, bool Summary>
+void run_reverse_scan_mma(problem_ref<T> p, rule_inputs_ref<T> in, const reverse_targets<T>& to, index_t units,
+                          tensor_ref<T, 3, device_memory> d_v, T* d_states, stream_ref s) {
+  check_pieces<T>(in);
+  check_pieces("d_o", to.d_o);
+  if (!Summary) check_pieces("dv", d_v);
+  with_key_width(p.key_dim, [&](auto key) {
+    launch("delta_rule_reverse_scan", reverse_scan_mma_kernel<T, key(), Summary>,
+           grid_of(mma_blocks(p.value_dim), p.value_heads, units), scan_mma_threads, scan_shared<key()>::bytes, s, p, in,
+           to, d_v, d_states);
+  });
 }
 
 template <class T, scan Mode>
@@ -139,6 +193,13 @@ void delta_rule_summarise(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T>
                           workspace<device_memory>& ws, stream_ref s) {
   check_problem<T>(p);
   const scan_targets<T> to{inverses_of<T>(prepared), h0, {}, {}, table, summaries.data(), nullptr};
+  if constexpr (sizeof(T) == 2) {
+    if (fits_mma<T>(p)) {
+      run_scan_mma<T, scan::bias>(p, in, to, table.extent(0), nullptr, s);
+      run_scan_mma<T, scan::transition>(p, in, to, table.extent(0), nullptr, s);
+      return;
+    }
+  }
   run_scan<T, scan::bias>(sm_count, p, in, to, table.extent(0) * scan_blocks<T>(p, p.value_dim), ws, s);
   run_scan<T, scan::transition>(sm_count, p, in, to, table.extent(0) * scan_blocks<T>(p, p.key_dim), ws, s);
 }
@@ -151,10 +212,9 @@ void delta_rule_forward(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> i
   check_problem<T>(p);
   const scan_targets<T> to{inverses_of<T>(prepared), h0, o, ht, {}, nullptr, nullptr};
   if constexpr (sizeof(T) == 2) {
-    if (fits_mma<T>(p) && moves_in_pieces<T>(in) && moves_in_pieces(tensor_ref<const T, 3, device_memory>(o))) {
-      launch("delta_rule_forward", scan_mma_kernel<T, scan::output>,
-             grid_of(p.value_dim / mma_values, p.value_heads, p.segments.extent(0)), mma_threads, scan_shared::bytes, s,
-             p, in, to, inverses_of<T>(prepared), nullptr);
+    if (fits_mma<T>(p)) {
+      check_pieces("o", o);
+      run_scan_mma<T, scan::output>(p, in, to, p.segments.extent(0), nullptr, s);
       return;
     }
   }
@@ -170,13 +230,19 @@ void delta_rule_summarise_gradient(index_t sm_count, problem_ref<T> p, rule_inpu
                                    summaries_ref<T, device_memory> summaries, workspace<device_memory>& ws,
                                    stream_ref s) {
   check_problem<T>(p);
-  const index_t items = table.extent(0) * scan_blocks<T>(p, p.value_dim);
-  if (items == 0) return;
-  const scoped_mark scope(ws);
-  const block_scratch b = take_blocks(sm_count, items, scan_elements<T>(p), ws);
+  if (table.extent(0) == 0) return;
   const reverse_targets<T> to{inverses_of<T>(prepared), d_o, dht, table, summaries.data(), nullptr, {}};
-  launch("delta_rule_summarise_gradient", reverse_scan_kernel<T, true>, grid_of(b.blocks), cta_threads, 0, s, p, in, to,
-         b.data, b.stride);
+  const bool mma = fits_mma<T>(p);
+  if constexpr (sizeof(T) == 2) {
+    if (mma) run_reverse_scan_mma<T, true>(p, in, to, table.extent(0), {}, nullptr, s);
+  }
+  if (!mma) {
+    const scoped_mark scope(ws);
+    const block_scratch b =
+        take_blocks(sm_count, table.extent(0) * scan_blocks<T>(p, p.value_dim), scan_elements<T>(p), ws);
+    launch("delta_rule_summarise_gradient", reverse_scan_kernel<T, true>, grid_of(b.blocks), cta_threads, 0, s, p, in,
+           to, b.data, b.stride);
+  }
   launch("transpose_own", transpose_own_kernel<float>, grid_of(table.extent(0), p.value_heads), 256, 0, s, table, p.key_dim,
          own.data(), summaries.data());
 }
@@ -190,6 +256,23 @@ void delta_rule_backward(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> 
   check_problem<T>(p);
   if (p.tokens == 0) return;
   const scoped_mark scope(ws);
+  if constexpr (sizeof(T) == 2) {
+    if (fits_mma<T>(p)) {
+      const auto states = ws.take<T>(2, mma_state_elements(p));
+      T* d_states = states.data() + mma_state_elements(p);
+      const index_t N = p.segments.extent(0);
+      run_scan_mma<T, scan::states>(p, in, {inverses_of<T>(prepared), h0, {}, {}, {}, nullptr, nullptr}, N,
+                                    states.data(), s);
+      run_reverse_scan_mma<T, false>(p, in, {inverses_of<T>(prepared), d_o, dht, {}, nullptr, nullptr, dh0}, N, out.v,
+                                     d_states, s);
+      with_key_width(p.key_dim, [&](auto key) {
+        launch("delta_rule_gradients", gradients_mma_kernel<T, key()>, grid_of(p.chunks, p.key_heads),
+               gradients_mma_threads, gradients_shared<key()>::bytes, s, p, in, inverses_of<T>(prepared),
+               static_cast<const T*>(states.data()), static_cast<const T*>(d_states), d_o, out);
+      });
+      return;
+    }
+  }
   const auto states = ws.take<float>(2, state_elements<T>(p));
   float* d_states = states.data() + state_elements<T>(p);
   const index_t items = p.segments.extent(0) * scan_blocks<T>(p, p.value_dim);

@@ -109,14 +109,20 @@ struct tile {
   __device__ std::uint32_t b_transposed(int row, int piece) const {
     return a(row, piece);
   }
-  /// Loads rows of global memory, `stride` elements apart; rows from `valid` on become zero.
+  /// Of an operand A that lies [k][row] (transposed load): k in [k, k + 16), rows in pieces [piece, piece + 2).
+  __device__ std::uint32_t a_transposed(int k, int piece) const {
+    return b(k, piece);
+  }
+  /// Loads rows of global memory, `stride` elements apart; from the given row and piece on it becomes zero.
   template <class T, int Threads>
-  __device__ void load(const T* from, index_t stride, int valid) const {
-    for (int i = static_cast<int>(threadIdx.x); i < 64 * pieces; i += Threads) {
+  __device__ void load(const T* from, index_t stride, int valid_rows, int valid_pieces) const {
+#pragma unroll
+    for (int n = 0; n < 64 * pieces / Threads; ++n) {
+      const int i = n * Threads + static_cast<int>(threadIdx.x);
       const int row = i / pieces;
       const int piece = i % pieces;
-      const bool in = row < valid;
-      copy_async(at(row, piece), from + (in ? row * stride : 0) + piece * 8, in);
+      const bool in = row < valid_rows && piece < valid_pieces;
+      copy_async(at(row, piece), in ? from + row * stride + piece * 8 : from, in);
     }
   }
 };

@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// @file  The delta rule's walk over a segment on tensor cores: the state stays in registers, transposed, as operand A.
+
+#include <gdn/cuda/delta_rule.cuh>
+#include <gdn/cuda/mma_chunk.cuh>
+
+namespace gdn {
+inline namespace v0 {
+namespace cuda::detail {
+
+inline constexpr int scan_mma_threads = 128;
+
+/// Shared memory of a scanning block: two stages of what is loaded, and the two gated matrices.
+template <int Key>
+struct scan_shared {
+  static constexpr std::uint32_t keys = 0;
+  static constexpr std::uint32_t queries = keys + tile<Key>::bytes;
+  static constexpr std::uint32_t values = queries + tile<Key>::bytes;
+  static constexpr std::uint32_t inverse = values + tile<mma_values>::bytes;
+  static constexpr std::uint32_t stage = inverse + tile<mma_chunk>::bytes;
+  static constexpr std::uint32_t gated = 2 * stage;                        // T
+  static constexpr std::uint32_t scores = gated + tile<mma_chunk>::bytes;  // P
+  static constexpr std::uint32_t bytes = scores + tile<mma_chunk>::bytes;
+};
+
+/// A warp's 16 columns of V of a state, transposed: result n holds columns 8 n .. of K.
+template <int Key>
+struct state_columns {
+  float S[Key / 8][4];
+
+  /// f(k, v) of every element, v counted from the warp's first column.
+  template <class F>
+  __device__ void for_each(F&& f) {
+    const quad_place at;
+#pragma unroll
+    for (int n = 0; n < Key / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) f(S[n][e], 8 * n + at.column + e % 2, at.row + e / 2 * 8);
+    }
+  }
+  /// [V][Key] in 16 bits.
+  template <class T>
+  __device__ void store(T* to) const {
+    const quad_place at;
+#pragma unroll
+    for (int n = 0; n < Key / 8; ++n) {
+      T* place = to + at.row * Key + 8 * n + at.column;
+      *reinterpret_cast<std::uint32_t*>(place) = pack2<T>(S[n][0], S[n][1]);
+      *reinterpret_cast<std::uint32_t*>(place + 8 * Key) = pack2<T>(S[n][2], S[n][3]);
+    }
+  }
+  __device__ void scale(float by) {
+#pragma unroll
+    for (int n = 0; n < Key / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) S[n][e] *= by;
+    }
+  }
+  /// S^T += A^T B for the tokens of operand `a` (16 k ..) and rows of a tile [tokens][K].
+  template <class T>
+  __device__ void add_product(const std::uint32_t (&a)[4], tile<Key> rows, int k) {
+#pragma unroll
+    for (int n = 0; n < Key / 16; ++n) {
+      std::uint32_t b[4];
+      ldmatrix_transposed(b, rows.b_transposed(16 * k, 2 * n));
+      mma<T>(S[2 * n], a, b[0], b[1]);
+      mma<T>(S[2 * n + 1], a, b[2], b[3]);
+    }
+  }
+};
+
+/// Operand A of columns [column, column + 16) of V for tokens 16 k .. of a tile [tokens][V].
+__device__ inline void load_columns(std::uint32_t (&a)[4], tile<mma_values> values, int column, int k) {
+  const int l = static_cast<int>(threadIdx.x % 32);
+  ldmatrix_transposed(a, values.at(16 * k + l / 16 * 8 + l % 8, column / 8 + l / 8 % 2));
+}
+
+/// Writes a warp's 16 x 64 results, columns of V by tokens, as rows of global memory, through the warp's own columns
+/// of a tile that nobody reads any more: pieces of 16 bytes. `to` is (first token, the block's first column).
+template <class T>
+__device__ void store_columns(const float (&results)[8][4], tile<mma_values> through, int column, T* to, index_t stride,
+                              int valid_rows, int valid_pieces) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    std::uint32_t r[4];
+    pack_operand<T>(r, results[2 * n], results[2 * n + 1]);
+    stmatrix_transposed(through.at(16 * n + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2), r);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const int s = (lane + 32 * e) / 2;
+    const int piece = column / 8 + lane % 2;
+    if (s < valid_rows && piece < valid_pieces) {
+      *reinterpret_cast<uint4*>(to + s * stride + 8 * piece) = load_shared16(through.at(s, piece));
+    }
+  }
+}
+
+/// Walks over the chunks of (segment, value head, 64 columns of V). A warp owns 16 columns for the whole segment: its
+/// part of S^T [16, K] stays in its accumulators, and is operand A of all products with the state:
+///   U^T = S^T K^T;  W^T = V^T - U^T diag(e^c);  D^T = W^T T^T;  O^T = S^T Q^T diag(scale e^c) + D^T P^T;
+///   S^T <- e^(c_C) S^T + D^T diag(e^(c_C - c)) K.
+/// Results become operands without a shuffle, so warps meet only over the tiles T and P, which they make together.
+/// The transition of a segment is what its walk makes of the identity where V is zero.
+template <class T, int Key, scan Mode>
+__global__ void __launch_bounds__(scan_mma_threads, 2)
+    scan_mma_kernel(delta_rule_problem<T, device_memory> p, delta_rule_inputs<T, device_memory> in, scan_targets<T> to,
+                    T* states) {
+  using shared = scan_shared<Key>;
+  extern __shared__ __align__(1024) unsigned char tiles[];
+  __shared__ chunk_gates gates;
+  constexpr bool output = Mode == scan::output;
+  constexpr bool summary = Mode == scan::bias || Mode == scan::transition;
+  constexpr bool has_values = Mode != scan::transition;
+
+  const index_t column = blockIdx.x * static_cast<index_t>(mma_values);
+  const index_t head = blockIdx.y;
+  published_summary entry{};
+  if constexpr (summary) entry = to.table(blockIdx.z);
+  if constexpr (Mode == scan::transition) {
+    if (entry.transition < 0) return;
+  }
+  const rule_segment segment = p.segments(summary ? entry.segment : static_cast<index_t>(blockIdx.z));
+  const index_t key_head = head / (p.value_heads / p.key_heads);
+  const index_t columns = has_values ? p.value_dim : p.key_dim;
+  const int key_pieces = pieces_from(p.key_dim, 0);
+  const int value_pieces = pieces_from(columns, column);
+  const int v0 = 16 * static_cast<int>(threadIdx.x / 32);  // the warp's columns, of the block's
+  const quad_place at;
+
+  const std::uint32_t base = shared_address(tiles);
+  const tile<mma_chunk> gated{base + shared::gated};
+  const tile<mma_chunk> scores{base + shared::scores};
+  const auto chunks = static_cast<int>((segment.count + mma_chunk - 1) / mma_chunk);
+  const auto load_chunk = [&](int i) {
+    const std::uint32_t stage = base + (i % 2) * shared::stage;
+    const index_t token = segment.begin + static_cast<index_t>(i) * mma_chunk;
+    const int c = tokens_of_chunk(segment, i);
+    tile<Key>{stage + shared::keys}.template load<T, scan_mma_threads>(&in.k(token, key_head, 0), in.k.stride(0), c,
+                                                                       key_pieces);
+    if constexpr (output) {
+      tile<Key>{stage + shared::queries}.template load<T, scan_mma_threads>(&in.q(token, key_head, 0), in.q.stride(0),
+                                                                            c, key_pieces);
+    }
+    if constexpr (has_values) {
+      tile<mma_values>{stage + shared::values}.template load<T, scan_mma_threads>(&in.v(token, head, column),
+                                                                                  in.v.stride(0), c, value_pieces);
+    }
+    tile<mma_chunk>{stage + shared::inverse}.template load<T, scan_mma_threads>(
+        to.prepared + ((segment.chunk_begin + i) * p.value_heads + head) * mma_chunk * mma_chunk, mma_chunk, mma_chunk,
+        mma_chunk / 8);
+    commit_copies();
+  };
+
+  state_columns<Key> state;
+  const std::int32_t start = summary ? entry.start : segment.h0;
+  state.for_each([&](float& x, int k, int v) {
+    const index_t j = column + v0 + v;
+    if constexpr (Mode == scan::transition) {
+      x = k == j ? 1.0f : 0.0f;
+    } else {
+      x = start >= 0 && to.h0.data() != nullptr && k < p.key_dim && j < columns ? to.h0(start, head, k, j) : 0.0f;
+    }
+  });
+
+  load_chunk(0);
+  for (int i = 0; i < chunks; ++i) {
+    const int c = tokens_of_chunk(segment, i);
+    const index_t token = segment.begin + static_cast<index_t>(i) * mma_chunk;
+    if constexpr (Mode == scan::states) {
+      state.store(states +
+                  (((segment.chunk_begin + i) * p.value_heads + head) * gridDim.x * mma_values + column + v0) * Key);
+      if (i + 1 == chunks) break;
+    }
+    if (i + 1 < chunks) {
+      load_chunk(i + 1);
+      wait_copies<1>();
+    } else {
+      wait_copies<0>();
+    }
+    if (v0 == 0) load_gates(gates, in, token, head, c);
+    __syncthreads();
+
+    const std::uint32_t stage = base + (i % 2) * shared::stage;
+    const tile<Key> keys{stage + shared::keys};
+    const tile<Key> queries{stage + shared::queries};
+    const tile<mma_values> values{stage + shared::values};
+    make_gated<T, Key, output>(queries, keys, tile<mma_chunk>{stage + shared::inverse}, gates, p.scale, gated, scores);
+    __syncthreads();
+
+    // U^T and, of the same operand, S^T Q^T.
+    float U[8][4] = {};
+    float O[8][4] = {};
+#pragma unroll
+    for (int k = 0; k < Key / 16; ++k) {
+      std::uint32_t a[4];
+      pack_operand<T>(a, state.S[2 * k], state.S[2 * k + 1]);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        std::uint32_t b[4];
+        ldmatrix(b, keys.b(16 * n, 2 * k));
+        mma<T>(U[2 * n], a, b[0], b[1]);
+        mma<T>(U[2 * n + 1], a, b[2], b[3]);
+        if constexpr (output) {
+          ldmatrix(b, queries.b(16 * n, 2 * k));
+          mma<T>(O[2 * n], a, b[0], b[1]);
+          mma<T>(O[2 * n + 1], a, b[2], b[3]);
+        }
+      }
+    }
+    // W^T as operands over tokens.
+    std::uint32_t W[4][4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      std::uint32_t v[4] = {};
+      if constexpr (has_values) load_columns(v, values, v0, n);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float d0 = gates.decay[16 * n + 8 * h + at.column];
+        const float d1 = gates.decay[16 * n + 8 * h + at.column + 1];
+        const float2 low = unpack2<T>(v[2 * h]);
+        const float2 high = unpack2<T>(v[2 * h + 1]);
+        W[n][2 * h] = pack2<T>(low.x - d0 * U[2 * n + h][0], low.y - d1 * U[2 * n + h][1]);
+        W[n][2 * h + 1] = pack2<T>(high.x - d0 * U[2 * n + h][2], high.y - d1 * U[2 * n + h][3]);
+      }
+    }
+    // D^T; tokens t beyond s do not count.
+    float D[8][4] = {};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int n = k; n < 4; ++n) {
+        std::uint32_t b[4];
+        ldmatrix(b, gated.b(16 * n, 2 * k));
+        mma<T>(D[2 * n], W[k], b[0], b[1]);
+        mma<T>(D[2 * n + 1], W[k], b[2], b[3]);
+      }
+    }
+    if constexpr (output) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float d0 = p.scale * gates.decay[8 * n + at.column];
+        const float d1 = p.scale * gates.decay[8 * n + at.column + 1];
+        O[n][0] *= d0;
+        O[n][1] *= d1;
+        O[n][2] *= d0;
+        O[n][3] *= d1;
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        std::uint32_t a[4];
+        pack_operand<T>(a, D[2 * k], D[2 * k + 1]);
+#pragma unroll
+        for (int n = k; n < 4; ++n) {
+          std::uint32_t b[4];
+          ldmatrix(b, scores.b(16 * n, 2 * k));
+          mma<T>(O[2 * n], a, b[0], b[1]);
+          mma<T>(O[2 * n + 1], a, b[2], b[3]);
+        }
+      }
+    }
+    state.scale(gates.all());
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      std::uint32_t a[4];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float r0 = gates.rest[16 * k + 8 * h + at.column];
+        const float r1 = gates.rest[16 * k + 8 * h + at.column + 1];
+        a[2 * h] = pack2<T>(r0 * D[2 * k + h][0], r1 * D[2 * k + h][1]);
+        a[2 * h + 1] = pack2<T>(r0 * D[2 * k + h][2], r1 * D[2 * k + h][3]);
+      }
+      state.template add_product<T>(a, keys, k);
+    }
+    if constexpr (output) {
+      store_columns<T>(O, values, v0, &to.o(token, head, column), to.o.stride(0), c, value_pieces);
+    }
+    __syncthreads();
+  }
+
+  if constexpr (output) {
+    if (segment.ht < 0 || to.ht.data() == nullptr) return;
+    state.for_each([&](float& x, int k, int v) {
+      const index_t j = column + v0 + v;
+      if (k < p.key_dim && j < columns) to.ht(segment.ht, head, k, j) = x;
+    });
+  } else if constexpr (summary) {
+    float* place = to.summaries + (Mode == scan::bias ? entry.bias : entry.transition) + head * p.key_dim * columns;
+    state.for_each([&](float& x, int k, int v) {
+      const index_t j = column + v0 + v;
+      if (k < p.key_dim && j < columns) place[k * columns + j] = x;
+    });
+  }
+}
+
+}  // namespace cuda::detail
+}  // namespace v0
+}  // namespace gdn
