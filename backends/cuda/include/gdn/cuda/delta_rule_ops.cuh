@@ -9,6 +9,7 @@
 
 #include <gdn/core/workspace.hpp>
 #include <gdn/cuda/delta_rule.cuh>
+#include <gdn/cuda/mma_gated.cuh>
 #include <gdn/cuda/mma_gradients.cuh>
 #include <gdn/cuda/mma_prepare.cuh>
 #include <gdn/cuda/mma_reverse_scan.cuh>
@@ -24,13 +25,18 @@ template <class T>
 using rule_inputs_ref = const delta_rule_inputs<T, device_memory>&;
 
 template <class T>
-void check_problem(problem_ref<T> p) {
+void check_problem(problem_ref<T> p, rule_inputs_ref<T> in) {
   expects<shape_error>(p.key_heads >= 1 && p.value_heads % p.key_heads == 0, "value heads", p.value_heads,
                        "must be a multiple of key heads", p.key_heads);
   expects<backend_error>(1 <= p.chunk && p.chunk <= max_chunk, "the chunk length must lie in 1 to", max_chunk, ", is",
                          p.chunk);
   expects<backend_error>(p.key_dim <= 256 && p.value_dim <= 256, "heads of", p.key_dim, "x", p.value_dim,
                          "are not supported; 256 is the most");
+  expects_shape(in.q, "q", {p.tokens, p.key_heads, p.key_dim});
+  expects_shape(in.k, "k", {p.tokens, p.key_heads, p.key_dim});
+  expects_shape(in.v, "v", {p.tokens, p.value_heads, p.value_dim});
+  expects_shape(in.g, "g", {p.tokens, p.value_heads});
+  expects_shape(in.beta, "beta", {p.tokens, p.value_heads});
 }
 
 /// Blocks that run at once, and their scratch.
@@ -102,6 +108,7 @@ template <class T>
 memory_requirement delta_rule_scratch(index_t sm_count, problem_ref<T> p) {
   workspace<device_memory> backward;
   if (fits_mma<T>(p)) {
+    take_gated(p, true, backward);
     backward.take<T>(2, mma_state_elements(p));
     return backward.peak();
   }
@@ -134,7 +141,7 @@ index_t delta_rule_prepared(index_t sm_count, problem_ref<T> p) {
 template <class T>
 void delta_rule_prepare(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> in,
                         summaries_ref<T, device_memory> prepared, stream_ref s) {
-  check_problem<T>(p);
+  check_problem<T>(p, in);
   T* inverses = reinterpret_cast<T*>(prepared.data());
   if constexpr (sizeof(T) == 2) {
     if (fits_mma<T>(p)) {
@@ -151,28 +158,40 @@ void delta_rule_prepare(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> i
          prepared.data() + divide_up(inverse_elements<T>(p), 64) * 64, p.chunk * (p.key_dim + 2 * p.chunk));
 }
 
+/// What the walks over segments need of every chunk, taken from `ws`.
+template <class T, bool Scores>
+gated_chunks<T> make_gated(problem_ref<T> p, rule_inputs_ref<T> in, const T* inverses, workspace<device_memory>& ws,
+                           stream_ref s) {
+  check_pieces<T>(in);
+  const gated_chunks<T> gated = take_gated(p, Scores, ws);
+  with_key_width(p.key_dim, [&](auto key) {
+    launch("delta_rule_gates", gated_mma_kernel<T, key(), Scores>, grid_of(p.chunks, p.key_heads), gated_mma_threads,
+           gated_mma_shared<key()>, s, p, in, inverses, gated);
+  });
+  return gated;
+}
+
 /// Walks over `units` segments or published segments.
 template <class T, scan Mode>
-void run_scan_mma(problem_ref<T> p, rule_inputs_ref<T> in, const scan_targets<T>& to, index_t units, T* states,
-                  stream_ref s) {
-  check_pieces<T>(in);
+void run_scan_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_chunks<T>& gated, const scan_targets<T>& to,
+                  index_t units, T* states, stream_ref s) {
   const index_t columns = Mode == scan::transition ? p.key_dim : p.value_dim;
   with_key_width(p.key_dim, [&](auto key) {
     launch("delta_rule_scan", scan_mma_kernel<T, key(), Mode>, grid_of(mma_blocks(columns), p.value_heads, units),
-           scan_mma_threads, scan_shared<key()>::bytes, s, p, in, to, states);
+           scan_mma_threads, scan_shared<key(), Mode == scan::output>::bytes, s, p, in, gated, to, states);
   });
 }
 
 template <class T, bool Summary>
-void run_reverse_scan_mma(problem_ref<T> p, rule_inputs_ref<T> in, const reverse_targets<T>& to, index_t units,
-                          tensor_ref<T, 3, device_memory> d_v, T* d_states, stream_ref s) {
-  check_pieces<T>(in);
+void run_reverse_scan_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_chunks<T>& gated,
+                          const reverse_targets<T>& to, index_t units, tensor_ref<T, 3, device_memory> d_v, T* d_states,
+                          stream_ref s) {
   check_pieces("d_o", to.d_o);
   if (!Summary) check_pieces("dv", d_v);
   with_key_width(p.key_dim, [&](auto key) {
     launch("delta_rule_reverse_scan", reverse_scan_mma_kernel<T, key(), Summary>,
-           grid_of(mma_blocks(p.value_dim), p.value_heads, units), scan_mma_threads, scan_shared<key()>::bytes, s, p, in,
-           to, d_v, d_states);
+           grid_of(mma_blocks(p.value_dim), p.value_heads, units), scan_mma_threads,
+           scan_shared<key(), true>::bytes, s, p, in, gated, to, d_v, d_states);
   });
 }
 
@@ -191,12 +210,15 @@ void delta_rule_summarise(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T>
                           tensor_ref<const published_summary, 1, device_memory> table,
                           const_states_ref<T, device_memory> h0, summaries_ref<T, device_memory> summaries,
                           workspace<device_memory>& ws, stream_ref s) {
-  check_problem<T>(p);
+  check_problem<T>(p, in);
   const scan_targets<T> to{inverses_of<T>(prepared), h0, {}, {}, table, summaries.data(), nullptr};
   if constexpr (sizeof(T) == 2) {
     if (fits_mma<T>(p)) {
-      run_scan_mma<T, scan::bias>(p, in, to, table.extent(0), nullptr, s);
-      run_scan_mma<T, scan::transition>(p, in, to, table.extent(0), nullptr, s);
+      if (table.extent(0) == 0) return;
+      const scoped_mark scope(ws);
+      const auto gated = make_gated<T, false>(p, in, to.prepared, ws, s);
+      run_scan_mma<T, scan::bias>(p, in, gated, to, table.extent(0), nullptr, s);
+      run_scan_mma<T, scan::transition>(p, in, gated, to, table.extent(0), nullptr, s);
       return;
     }
   }
@@ -209,12 +231,14 @@ void delta_rule_forward(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> i
                         const_summaries_ref<T, device_memory> prepared, const_states_ref<T, device_memory> h0,
                         tensor_ref<T, 3, device_memory> o, states_ref<T, device_memory> ht,
                         workspace<device_memory>& ws, stream_ref s) {
-  check_problem<T>(p);
+  check_problem<T>(p, in);
   const scan_targets<T> to{inverses_of<T>(prepared), h0, o, ht, {}, nullptr, nullptr};
   if constexpr (sizeof(T) == 2) {
     if (fits_mma<T>(p)) {
       check_pieces("o", o);
-      run_scan_mma<T, scan::output>(p, in, to, p.segments.extent(0), nullptr, s);
+      const scoped_mark scope(ws);
+      const auto gated = make_gated<T, true>(p, in, to.prepared, ws, s);
+      run_scan_mma<T, scan::output>(p, in, gated, to, p.segments.extent(0), nullptr, s);
       return;
     }
   }
@@ -229,12 +253,16 @@ void delta_rule_summarise_gradient(index_t sm_count, problem_ref<T> p, rule_inpu
                                    const_summaries_ref<T, device_memory> own,
                                    summaries_ref<T, device_memory> summaries, workspace<device_memory>& ws,
                                    stream_ref s) {
-  check_problem<T>(p);
+  check_problem<T>(p, in);
   if (table.extent(0) == 0) return;
   const reverse_targets<T> to{inverses_of<T>(prepared), d_o, dht, table, summaries.data(), nullptr, {}};
   const bool mma = fits_mma<T>(p);
   if constexpr (sizeof(T) == 2) {
-    if (mma) run_reverse_scan_mma<T, true>(p, in, to, table.extent(0), {}, nullptr, s);
+    if (mma) {
+      const scoped_mark scope(ws);
+      const auto gated = make_gated<T, true>(p, in, to.prepared, ws, s);
+      run_reverse_scan_mma<T, true>(p, in, gated, to, table.extent(0), {}, nullptr, s);
+    }
   }
   if (!mma) {
     const scoped_mark scope(ws);
@@ -253,7 +281,7 @@ void delta_rule_backward(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> 
                          tensor_ref<const T, 3, device_memory> d_o, const_states_ref<T, device_memory> dht,
                          const delta_rule_gradients<T, device_memory>& out, states_ref<T, device_memory> dh0,
                          workspace<device_memory>& ws, stream_ref s) {
-  check_problem<T>(p);
+  check_problem<T>(p, in);
   if (p.tokens == 0) return;
   const scoped_mark scope(ws);
   if constexpr (sizeof(T) == 2) {
@@ -261,13 +289,14 @@ void delta_rule_backward(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> 
       const auto states = ws.take<T>(2, mma_state_elements(p));
       T* d_states = states.data() + mma_state_elements(p);
       const index_t N = p.segments.extent(0);
-      run_scan_mma<T, scan::states>(p, in, {inverses_of<T>(prepared), h0, {}, {}, {}, nullptr, nullptr}, N,
-                                    states.data(), s);
-      run_reverse_scan_mma<T, false>(p, in, {inverses_of<T>(prepared), d_o, dht, {}, nullptr, nullptr, dh0}, N, out.v,
-                                     d_states, s);
+      const T* inverses = inverses_of<T>(prepared);
+      const auto gated = make_gated<T, true>(p, in, inverses, ws, s);
+      run_scan_mma<T, scan::states>(p, in, gated, {inverses, h0, {}, {}, {}, nullptr, nullptr}, N, states.data(), s);
+      run_reverse_scan_mma<T, false>(p, in, gated, {inverses, d_o, dht, {}, nullptr, nullptr, dh0}, N, out.v, d_states,
+                                     s);
       with_key_width(p.key_dim, [&](auto key) {
         launch("delta_rule_gradients", gradients_mma_kernel<T, key()>, grid_of(p.chunks, p.key_heads),
-               gradients_mma_threads, gradients_shared<key()>::bytes, s, p, in, inverses_of<T>(prepared),
+               gradients_mma_threads, gradients_shared<key()>::bytes, s, p, in, inverses,
                static_cast<const T*>(states.data()), static_cast<const T*>(d_states), d_o, out);
       });
       return;

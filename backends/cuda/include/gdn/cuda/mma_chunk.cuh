@@ -96,46 +96,6 @@ __device__ inline void pack_operand(std::uint32_t (&a)[4], const float (&left)[4
   a[3] = pack2<T>(right[2], right[3]);
 }
 
-/// T = (G o X) diag(b) and, if Scores, P = scale (Q K^T) o G, by four warps, 16 rows each.
-template <class T, int Key, bool Scores>
-__device__ void make_gated(tile<Key> queries, tile<Key> keys, tile<mma_chunk> inverse, const chunk_gates& gates,
-                           float scale, tile<mma_chunk> gated, tile<mma_chunk> scores) {
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  const quad_place at;
-  float sum[8][4] = {};
-  if constexpr (Scores) {
-#pragma unroll
-    for (int k = 0; k < Key / 16; ++k) {
-      std::uint32_t a[4];
-      ldmatrix(a, queries.a(16 * warp, 2 * k));
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        if (n > warp) break;
-        std::uint32_t b[4];
-        ldmatrix(b, keys.b(16 * n, 2 * k));
-        mma<T>(sum[2 * n], a, b[0], b[1]);
-        mma<T>(sum[2 * n + 1], a, b[2], b[3]);
-      }
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < 8; ++n) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {  // upper and lower row
-      const int s = 16 * warp + at.row + 8 * e;
-      const int t = 8 * n + at.column;
-      const float g0 = gates.between(s, t);
-      const float g1 = gates.between(s, t + 1);
-      const auto place = static_cast<std::uint32_t>(at.column) * 2;
-      const float2 x = unpack2<T>(load_shared(inverse.at(s, n) + place));
-      store_shared(gated.at(s, n) + place, pack2<T>(g0 * x.x * gates.beta[t], g1 * x.y * gates.beta[t + 1]));
-      if constexpr (Scores) {
-        store_shared(scores.at(s, n) + place, pack2<T>(scale * g0 * sum[n][2 * e], scale * g1 * sum[n][2 * e + 1]));
-      }
-    }
-  }
-}
-
 }  // namespace cuda::detail
 }  // namespace v0
 }  // namespace gdn

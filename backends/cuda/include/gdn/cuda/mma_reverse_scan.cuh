@@ -16,40 +16,25 @@ namespace cuda::detail {
 template <class T, int Key, bool Summary>
 __global__ void __launch_bounds__(scan_mma_threads, 2)
     reverse_scan_mma_kernel(delta_rule_problem<T, device_memory> p, delta_rule_inputs<T, device_memory> in,
-                            reverse_targets<T> to, tensor_ref<T, 3, device_memory> d_v, T* d_states) {
-  using shared = scan_shared<Key>;
+                            gated_chunks<T> gated, reverse_targets<T> to, tensor_ref<T, 3, device_memory> d_v,
+                            T* d_states) {
   extern __shared__ __align__(1024) unsigned char tiles[];
-  __shared__ chunk_gates gates;
+  using stage_type = scan_stage<Key, true>;
 
   const index_t column = blockIdx.x * static_cast<index_t>(mma_values);
   const index_t head = blockIdx.y;
   published_summary entry{};
   if constexpr (Summary) entry = to.table(blockIdx.z);
   const rule_segment segment = p.segments(Summary ? entry.segment : static_cast<index_t>(blockIdx.z));
-  const index_t key_head = head / (p.value_heads / p.key_heads);
-  const int key_pieces = pieces_from(p.key_dim, 0);
   const int value_pieces = pieces_from(p.value_dim, column);
   const int v0 = 16 * static_cast<int>(threadIdx.x / 32);
   const quad_place at;
-
-  const std::uint32_t base = shared_address(tiles);
-  const tile<mma_chunk> gated{base + shared::gated};
-  const tile<mma_chunk> scores{base + shared::scores};
   const auto chunks = static_cast<int>((segment.count + mma_chunk - 1) / mma_chunk);
   const auto load_chunk = [&](int i) {
-    const std::uint32_t stage = base + (i % 2) * shared::stage;
     const index_t token = segment.begin + static_cast<index_t>(i) * mma_chunk;
-    const int c = tokens_of_chunk(segment, i);
-    tile<Key>{stage + shared::keys}.template load<T, scan_mma_threads>(&in.k(token, key_head, 0), in.k.stride(0), c,
-                                                                       key_pieces);
-    tile<Key>{stage + shared::queries}.template load<T, scan_mma_threads>(&in.q(token, key_head, 0), in.q.stride(0), c,
-                                                                          key_pieces);
-    tile<mma_values>{stage + shared::values}.template load<T, scan_mma_threads>(&to.d_o(token, head, column),
-                                                                                to.d_o.stride(0), c, value_pieces);
-    tile<mma_chunk>{stage + shared::inverse}.template load<T, scan_mma_threads>(
-        to.prepared + ((segment.chunk_begin + i) * p.value_heads + head) * mma_chunk * mma_chunk, mma_chunk, mma_chunk,
-        mma_chunk / 8);
-    commit_copies();
+    stage_type(tiles, i).template load<T>(p, in, gated, segment.chunk_begin + i, head, token,
+                                          tokens_of_chunk(segment, i), &to.d_o(token, head, column), to.d_o.stride(0),
+                                          value_pieces);
   };
 
   state_columns<Key> d_state;
@@ -61,27 +46,17 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
 
   load_chunk(chunks - 1);
   for (int i = chunks - 1; i >= 0; --i) {
-    const int c = tokens_of_chunk(segment, i);
-    const index_t token = segment.begin + static_cast<index_t>(i) * mma_chunk;
     if constexpr (!Summary) {
       d_state.store(d_states +
                     (((segment.chunk_begin + i) * p.value_heads + head) * gridDim.x * mma_values + column + v0) * Key);
     }
-    if (i > 0) {
-      load_chunk(i - 1);
-      wait_copies<1>();
-    } else {
-      wait_copies<0>();
-    }
-    if (v0 == 0) load_gates(gates, in, token, head, c);
-    __syncthreads();
-
-    const std::uint32_t stage = base + (i % 2) * shared::stage;
-    const tile<Key> keys{stage + shared::keys};
-    const tile<Key> queries{stage + shared::queries};
-    const tile<mma_values> values{stage + shared::values};  // of dO
-    make_gated<T, Key, true>(queries, keys, tile<mma_chunk>{stage + shared::inverse}, gates, p.scale, gated, scores);
-    __syncthreads();
+    wait_copies<0>();
+    __syncthreads();  // chunk i is here, and chunk i + 1 is not read any more
+    if (i > 0) load_chunk(i - 1);
+    const stage_type now(tiles, i);
+    const tile<Key> keys = now.keys();
+    const tile<Key> queries = now.queries();
+    const tile<mma_values> values = now.values();  // of dO
 
     float dD[8][4] = {};
 #pragma unroll
@@ -98,8 +73,8 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
     }
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      const float r0 = gates.rest[8 * n + at.column];
-      const float r1 = gates.rest[8 * n + at.column + 1];
+      const float r0 = now.rest[8 * n + at.column];
+      const float r1 = now.rest[8 * n + at.column + 1];
       dD[n][0] *= r0;
       dD[n][1] *= r1;
       dD[n][2] *= r0;
@@ -112,7 +87,7 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
 #pragma unroll
       for (int n = 0; n <= k; ++n) {  // tokens before s only
         std::uint32_t b[4];
-        ldmatrix_transposed(b, scores.b_transposed(16 * k, 2 * n));
+        ldmatrix_transposed(b, now.scores().b_transposed(16 * k, 2 * n));
         mma<T>(dD[2 * n], dO[k], b[0], b[1]);
         mma<T>(dD[2 * n + 1], dO[k], b[2], b[3]);
       }
@@ -125,20 +100,20 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
 #pragma unroll
       for (int n = 0; n <= k; ++n) {
         std::uint32_t b[4];
-        ldmatrix_transposed(b, gated.b_transposed(16 * k, 2 * n));
+        ldmatrix_transposed(b, now.transfer().b_transposed(16 * k, 2 * n));
         mma<T>(dW[2 * n], a, b[0], b[1]);
         mma<T>(dW[2 * n + 1], a, b[2], b[3]);
       }
     }
-    d_state.scale(gates.all());
+    d_state.scale(now.all());
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       std::uint32_t dU[4];
       std::uint32_t decayed[4];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float d0 = gates.decay[16 * k + 8 * h + at.column];
-        const float d1 = gates.decay[16 * k + 8 * h + at.column + 1];
+        const float d0 = now.decay[16 * k + 8 * h + at.column];
+        const float d1 = now.decay[16 * k + 8 * h + at.column + 1];
         dU[2 * h] = pack2<T>(-d0 * dW[2 * k + h][0], -d1 * dW[2 * k + h][1]);
         dU[2 * h + 1] = pack2<T>(-d0 * dW[2 * k + h][2], -d1 * dW[2 * k + h][3]);
         const float2 low = unpack2<T>(dO[k][2 * h]);
@@ -151,9 +126,9 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
     }
     if constexpr (!Summary) {
       __syncwarp();
-      store_columns<T>(dW, values, v0, &d_v(token, head, column), d_v.stride(0), c, value_pieces);
+      store_columns<T>(dW, values, v0, &d_v(segment.begin + static_cast<index_t>(i) * mma_chunk, head, column),
+                       d_v.stride(0), tokens_of_chunk(segment, i), value_pieces);
     }
-    __syncthreads();
   }
 
   if constexpr (Summary) {

@@ -3,7 +3,7 @@
 /// @file  The delta rule's walk over a segment on tensor cores: the state stays in registers, transposed, as operand A.
 
 #include <gdn/cuda/delta_rule.cuh>
-#include <gdn/cuda/mma_chunk.cuh>
+#include <gdn/cuda/mma_gated.cuh>
 
 namespace gdn {
 inline namespace v0 {
@@ -11,17 +11,66 @@ namespace cuda::detail {
 
 inline constexpr int scan_mma_threads = 128;
 
-/// Shared memory of a scanning block: two stages of what is loaded, and the two gated matrices.
-template <int Key>
+/// Shared memory of a walking block: two stages of what one chunk needs.
+template <int Key, bool Queries>
 struct scan_shared {
   static constexpr std::uint32_t keys = 0;
-  static constexpr std::uint32_t queries = keys + tile<Key>::bytes;
-  static constexpr std::uint32_t values = queries + tile<Key>::bytes;
-  static constexpr std::uint32_t inverse = values + tile<mma_values>::bytes;
-  static constexpr std::uint32_t stage = inverse + tile<mma_chunk>::bytes;
-  static constexpr std::uint32_t gated = 2 * stage;                        // T
-  static constexpr std::uint32_t scores = gated + tile<mma_chunk>::bytes;  // P
-  static constexpr std::uint32_t bytes = scores + tile<mma_chunk>::bytes;
+  static constexpr std::uint32_t values = keys + tile<Key>::bytes;  // or dO
+  static constexpr std::uint32_t transfer = values + tile<mma_values>::bytes;
+  static constexpr std::uint32_t decays = transfer + tile<mma_chunk>::bytes;
+  static constexpr std::uint32_t queries = decays + 2 * mma_chunk * sizeof(float);
+  static constexpr std::uint32_t scores = queries + (Queries ? tile<Key>::bytes : 0);
+  static constexpr std::uint32_t stage = scores + (Queries ? tile<mma_chunk>::bytes : 0);
+  static constexpr std::uint32_t bytes = 2 * stage;
+};
+
+/// What a walking block sees of one chunk.
+template <int Key, bool Queries>
+struct scan_stage {
+  using shared = scan_shared<Key, Queries>;
+  std::uint32_t base;
+  const float* decay;  // e^c
+  const float* rest;   // e^(c_C - c)
+
+  __device__ scan_stage(unsigned char* tiles, int i) {
+    unsigned char* at = tiles + (i % 2) * shared::stage;
+    base = shared_address(at);
+    decay = reinterpret_cast<const float*>(at + shared::decays);
+    rest = decay + mma_chunk;
+  }
+  __device__ tile<Key> keys() const { return {base + shared::keys}; }
+  __device__ tile<Key> queries() const { return {base + shared::queries}; }
+  __device__ tile<mma_values> values() const { return {base + shared::values}; }
+  __device__ tile<mma_chunk> transfer() const { return {base + shared::transfer}; }
+  __device__ tile<mma_chunk> scores() const { return {base + shared::scores}; }
+  __device__ float all() const { return decay[mma_chunk - 1]; }
+
+  /// Starts to copy chunk `index` of all chunks, c tokens from `token` on; values are V or dO, or null for none.
+  template <class T>
+  __device__ void load(const delta_rule_problem<T, device_memory>& p, const delta_rule_inputs<T, device_memory>& in,
+                       const gated_chunks<T>& gated, index_t index, index_t head, index_t token, int c,
+                       const T* value_rows, index_t value_stride, int value_pieces) const {
+    const index_t key_head = head / (p.value_heads / p.key_heads);
+    const int key_pieces = pieces_from(p.key_dim, 0);
+    const index_t place = index * p.value_heads + head;
+    keys().template load<T, scan_mma_threads>(&in.k(token, key_head, 0), in.k.stride(0), c, key_pieces);
+    if (value_rows != nullptr) {
+      values().template load<T, scan_mma_threads>(value_rows, value_stride, c, value_pieces);
+    }
+    transfer().template load<T, scan_mma_threads>(gated.transfer + place * mma_chunk * mma_chunk, mma_chunk, mma_chunk,
+                                                  mma_chunk / 8);
+    if constexpr (Queries) {
+      queries().template load<T, scan_mma_threads>(&in.q(token, key_head, 0), in.q.stride(0), c, key_pieces);
+      scores().template load<T, scan_mma_threads>(gated.scores + place * mma_chunk * mma_chunk, mma_chunk, mma_chunk,
+                                                  mma_chunk / 8);
+    }
+    const int t = static_cast<int>(threadIdx.x);
+    if (t < 2 * mma_chunk / 4) {
+      copy_async(base + shared::decays + static_cast<std::uint32_t>(16 * t), gated.decays + place * 2 * mma_chunk + 4 * t,
+                 true);
+    }
+    commit_copies();
+  }
 };
 
 /// A warp's 16 columns of V of a state, transposed: result n holds columns 8 n .. of K.
@@ -103,18 +152,17 @@ __device__ void store_columns(const float (&results)[8][4], tile<mma_values> thr
 /// part of S^T [16, K] stays in its accumulators, and is operand A of all products with the state:
 ///   U^T = S^T K^T;  W^T = V^T - U^T diag(e^c);  D^T = W^T T^T;  O^T = S^T Q^T diag(scale e^c) + D^T P^T;
 ///   S^T <- e^(c_C) S^T + D^T diag(e^(c_C - c)) K.
-/// Results become operands without a shuffle, so warps meet only over the tiles T and P, which they make together.
+/// Results become operands without a shuffle, so warps meet only when a stage has arrived and when it is free again.
 /// The transition of a segment is what its walk makes of the identity where V is zero.
 template <class T, int Key, scan Mode>
 __global__ void __launch_bounds__(scan_mma_threads, 2)
-    scan_mma_kernel(delta_rule_problem<T, device_memory> p, delta_rule_inputs<T, device_memory> in, scan_targets<T> to,
-                    T* states) {
-  using shared = scan_shared<Key>;
+    scan_mma_kernel(delta_rule_problem<T, device_memory> p, delta_rule_inputs<T, device_memory> in,
+                    gated_chunks<T> gated, scan_targets<T> to, T* states) {
   extern __shared__ __align__(1024) unsigned char tiles[];
-  __shared__ chunk_gates gates;
   constexpr bool output = Mode == scan::output;
   constexpr bool summary = Mode == scan::bias || Mode == scan::transition;
   constexpr bool has_values = Mode != scan::transition;
+  using stage_type = scan_stage<Key, output>;
 
   const index_t column = blockIdx.x * static_cast<index_t>(mma_values);
   const index_t head = blockIdx.y;
@@ -124,35 +172,17 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
     if (entry.transition < 0) return;
   }
   const rule_segment segment = p.segments(summary ? entry.segment : static_cast<index_t>(blockIdx.z));
-  const index_t key_head = head / (p.value_heads / p.key_heads);
   const index_t columns = has_values ? p.value_dim : p.key_dim;
-  const int key_pieces = pieces_from(p.key_dim, 0);
   const int value_pieces = pieces_from(columns, column);
   const int v0 = 16 * static_cast<int>(threadIdx.x / 32);  // the warp's columns, of the block's
   const quad_place at;
-
-  const std::uint32_t base = shared_address(tiles);
-  const tile<mma_chunk> gated{base + shared::gated};
-  const tile<mma_chunk> scores{base + shared::scores};
   const auto chunks = static_cast<int>((segment.count + mma_chunk - 1) / mma_chunk);
   const auto load_chunk = [&](int i) {
-    const std::uint32_t stage = base + (i % 2) * shared::stage;
     const index_t token = segment.begin + static_cast<index_t>(i) * mma_chunk;
-    const int c = tokens_of_chunk(segment, i);
-    tile<Key>{stage + shared::keys}.template load<T, scan_mma_threads>(&in.k(token, key_head, 0), in.k.stride(0), c,
-                                                                       key_pieces);
-    if constexpr (output) {
-      tile<Key>{stage + shared::queries}.template load<T, scan_mma_threads>(&in.q(token, key_head, 0), in.q.stride(0),
-                                                                            c, key_pieces);
-    }
-    if constexpr (has_values) {
-      tile<mma_values>{stage + shared::values}.template load<T, scan_mma_threads>(&in.v(token, head, column),
-                                                                                  in.v.stride(0), c, value_pieces);
-    }
-    tile<mma_chunk>{stage + shared::inverse}.template load<T, scan_mma_threads>(
-        to.prepared + ((segment.chunk_begin + i) * p.value_heads + head) * mma_chunk * mma_chunk, mma_chunk, mma_chunk,
-        mma_chunk / 8);
-    commit_copies();
+    stage_type(tiles, i).template load<T>(p, in, gated, segment.chunk_begin + i, head, token,
+                                          tokens_of_chunk(segment, i),
+                                          has_values ? &in.v(token, head, column) : nullptr, in.v.stride(0),
+                                          value_pieces);
   };
 
   state_columns<Key> state;
@@ -168,28 +198,17 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
 
   load_chunk(0);
   for (int i = 0; i < chunks; ++i) {
-    const int c = tokens_of_chunk(segment, i);
-    const index_t token = segment.begin + static_cast<index_t>(i) * mma_chunk;
     if constexpr (Mode == scan::states) {
       state.store(states +
                   (((segment.chunk_begin + i) * p.value_heads + head) * gridDim.x * mma_values + column + v0) * Key);
       if (i + 1 == chunks) break;
     }
-    if (i + 1 < chunks) {
-      load_chunk(i + 1);
-      wait_copies<1>();
-    } else {
-      wait_copies<0>();
-    }
-    if (v0 == 0) load_gates(gates, in, token, head, c);
-    __syncthreads();
-
-    const std::uint32_t stage = base + (i % 2) * shared::stage;
-    const tile<Key> keys{stage + shared::keys};
-    const tile<Key> queries{stage + shared::queries};
-    const tile<mma_values> values{stage + shared::values};
-    make_gated<T, Key, output>(queries, keys, tile<mma_chunk>{stage + shared::inverse}, gates, p.scale, gated, scores);
-    __syncthreads();
+    wait_copies<0>();
+    __syncthreads();  // chunk i is here, and chunk i - 1 is not read any more
+    if (i + 1 < chunks) load_chunk(i + 1);
+    const stage_type now(tiles, i);
+    const tile<Key> keys = now.keys();
+    const tile<mma_values> values = now.values();
 
     // U^T and, of the same operand, S^T Q^T.
     float U[8][4] = {};
@@ -205,7 +224,7 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
         mma<T>(U[2 * n], a, b[0], b[1]);
         mma<T>(U[2 * n + 1], a, b[2], b[3]);
         if constexpr (output) {
-          ldmatrix(b, queries.b(16 * n, 2 * k));
+          ldmatrix(b, now.queries().b(16 * n, 2 * k));
           mma<T>(O[2 * n], a, b[0], b[1]);
           mma<T>(O[2 * n + 1], a, b[2], b[3]);
         }
@@ -219,8 +238,8 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
       if constexpr (has_values) load_columns(v, values, v0, n);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float d0 = gates.decay[16 * n + 8 * h + at.column];
-        const float d1 = gates.decay[16 * n + 8 * h + at.column + 1];
+        const float d0 = now.decay[16 * n + 8 * h + at.column];
+        const float d1 = now.decay[16 * n + 8 * h + at.column + 1];
         const float2 low = unpack2<T>(v[2 * h]);
         const float2 high = unpack2<T>(v[2 * h + 1]);
         W[n][2 * h] = pack2<T>(low.x - d0 * U[2 * n + h][0], low.y - d1 * U[2 * n + h][1]);
@@ -234,7 +253,7 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
 #pragma unroll
       for (int n = k; n < 4; ++n) {
         std::uint32_t b[4];
-        ldmatrix(b, gated.b(16 * n, 2 * k));
+        ldmatrix(b, now.transfer().b(16 * n, 2 * k));
         mma<T>(D[2 * n], W[k], b[0], b[1]);
         mma<T>(D[2 * n + 1], W[k], b[2], b[3]);
       }
@@ -242,8 +261,8 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
     if constexpr (output) {
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const float d0 = p.scale * gates.decay[8 * n + at.column];
-        const float d1 = p.scale * gates.decay[8 * n + at.column + 1];
+        const float d0 = p.scale * now.decay[8 * n + at.column];
+        const float d1 = p.scale * now.decay[8 * n + at.column + 1];
         O[n][0] *= d0;
         O[n][1] *= d1;
         O[n][2] *= d0;
@@ -256,29 +275,29 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
 #pragma unroll
         for (int n = k; n < 4; ++n) {
           std::uint32_t b[4];
-          ldmatrix(b, scores.b(16 * n, 2 * k));
+          ldmatrix(b, now.scores().b(16 * n, 2 * k));
           mma<T>(O[2 * n], a, b[0], b[1]);
           mma<T>(O[2 * n + 1], a, b[2], b[3]);
         }
       }
     }
-    state.scale(gates.all());
+    state.scale(now.all());
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       std::uint32_t a[4];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float r0 = gates.rest[16 * k + 8 * h + at.column];
-        const float r1 = gates.rest[16 * k + 8 * h + at.column + 1];
+        const float r0 = now.rest[16 * k + 8 * h + at.column];
+        const float r1 = now.rest[16 * k + 8 * h + at.column + 1];
         a[2 * h] = pack2<T>(r0 * D[2 * k + h][0], r1 * D[2 * k + h][1]);
         a[2 * h + 1] = pack2<T>(r0 * D[2 * k + h][2], r1 * D[2 * k + h][3]);
       }
       state.template add_product<T>(a, keys, k);
     }
     if constexpr (output) {
-      store_columns<T>(O, values, v0, &to.o(token, head, column), to.o.stride(0), c, value_pieces);
+      store_columns<T>(O, values, v0, &to.o(segment.begin + static_cast<index_t>(i) * mma_chunk, head, column),
+                       to.o.stride(0), tokens_of_chunk(segment, i), value_pieces);
     }
-    __syncthreads();
   }
 
   if constexpr (output) {
