@@ -58,7 +58,7 @@ void train(Comm& comm, const Layout& layout, const gdn::gated_delta_net<T>& laye
   const auto documents = gdn::packing::from_cu_seqlens(cu_seqlens, {}, 1, tokens);
   const gdn::plan_options options{.strategy = gdn::strategy::reshard, .final_state = true};
   const gdn::cp_plan host_plan = gdn::plan_layer(dims, layout, documents, options, comm.rank());
-  gdn::check_same_plan(comm, host_plan, s);
+  gdn::check_same_plan<T>(comm, host_plan, s);
   block plan_memory;
   const auto plan = example::allocate(plan_memory, [&](auto& ws) { return gdn::upload(be, host_plan, ws, s); });
 

@@ -25,10 +25,13 @@ bool is_follower() {
   return false;
 }
 
-bool names_mpi(std::span<const std::string> arguments) {
+/// Whether a launcher started this process as one of several.
+bool is_launched() { return std::getenv("OMPI_COMM_WORLD_SIZE") != nullptr || std::getenv("PMI_SIZE") != nullptr; }
+
+bool names_comm(std::span<const std::string> arguments, const std::string& kind) {
   for (std::size_t i = 0; i < arguments.size(); ++i) {
-    if (arguments[i] == "--comm=mpi") return true;
-    if (arguments[i] == "--comm" && i + 1 < arguments.size() && arguments[i + 1] == "mpi") return true;
+    if (arguments[i] == "--comm=" + kind) return true;
+    if (arguments[i] == "--comm" && i + 1 < arguments.size() && arguments[i + 1] == kind) return true;
   }
   return false;
 }
@@ -66,13 +69,19 @@ int job::finish(const ending& e) {
   return e.status;
 }
 
+void job::adopt(options& o) {
+  if (o.comm != comm_kind::nccl) return;
+  if (is_launched()) throw usage_error("--comm nccl under an MPI launcher needs a gdn-run that was built with MPI");
+  expects_devices(o);
+}
+
 std::unique_ptr<job> make_job(std::span<const std::string> arguments, const std::optional<options>& parsed) {
+  const bool mpi = parsed ? parsed->comm == comm_kind::mpi : names_comm(arguments, "mpi");
+  const bool nccl = parsed ? parsed->comm == comm_kind::nccl : names_comm(arguments, "nccl");
 #if defined(GDN_RUN_MPI)
-  if (parsed ? parsed->comm == comm_kind::mpi : names_mpi(arguments)) {
-    return join_mpi_job(parsed && parsed->deadline ? *parsed->deadline : 0);
-  }
+  if (mpi || (nccl && is_launched())) return join_mpi_job(parsed && parsed->deadline ? *parsed->deadline : 0);
 #else
-  static_cast<void>(arguments), static_cast<void>(parsed), static_cast<void>(names_mpi);
+  static_cast<void>(mpi), static_cast<void>(nccl);
 #endif
   return std::make_unique<job>();
 }
@@ -91,14 +100,25 @@ double seconds_of_work(const options& o, const bundle& b) {
   const double tokens = real(b.batch) * (real(b.seq) + real(b.decode_tokens));
   const double weights = real(d.hidden) * (real(d.channels()) + 2 * real(d.values()) + 2 * real(d.value_heads));
   const double rule = 10 * real(d.value_heads) * real(d.key_dim) * real(d.value_dim);
+  // Starting CUDA and NCCL takes a few seconds where processes share a GPU.
   return 2 * tokens * (weights + rule) * (o.grad ? 4 : 1) / operations +
-         static_cast<double>(b.file.file.bytes().size()) / bytes;
+         static_cast<double>(b.file.file.bytes().size()) / bytes + (o.comm == comm_kind::nccl ? 15 : 0);
 }
 
 #if !defined(GDN_RUN_MPI)
 void run_mpi_rank(const options&, const std::function<void(host_communicator&)>&) {
   throw gdn::comm_error("this gdn-run was built without MPI");
 }
+job_place place_in_job() { return {}; }
+void note_consequence() noexcept {}
+void broadcast(std::span<std::byte>) {}
+std::chrono::milliseconds patience(const options& o) {
+  return std::chrono::milliseconds(static_cast<std::int64_t>(o.deadline.value_or(60) * 1000));
+}
+#endif
+
+#if !defined(GDN_RUN_NCCL)
+void expects_devices(const options&) {}
 #endif
 
 }  // namespace gdn_run

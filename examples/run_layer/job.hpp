@@ -3,6 +3,8 @@
 /// @file  The processes that run gdn-run together: this one alone, or those of an mpirun, of which the first speaks and
 /// which all end with the same code.
 
+#include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -36,8 +38,8 @@ class job {
   /// Whether this process speaks and writes for all.
   virtual bool root() const noexcept { return true; }
   /// Puts the number of processes in the place of --ranks.
-  /// @throws usage_error if --ranks was given and differs
-  virtual void adopt(options&) {}
+  /// @throws usage_error if --ranks was given and differs, or this process alone has too few GPUs for it
+  virtual void adopt(options& o);
   /// The processes may be apart by that much work from now on.
   virtual void expect_work(double /*seconds*/) {}
   /// Every process says how a step ended on it; all go on, or all get the ending of one that cannot. Where the steps ended
@@ -48,11 +50,31 @@ class job {
   virtual int finish(const ending& e);
 };
 
-/// @param parsed empty if the command line was refused; it may still name mpi
+/// @param parsed empty if the command line was refused; it may still name mpi or nccl
 std::unique_ptr<job> make_job(std::span<const std::string> arguments, const std::optional<options>& parsed);
 
 /// What two processes must have in common to run together: options, and the bytes of the bundle.
 std::uint64_t fingerprint(const options& o, const bundle& b);
+
+/// How long a rank waits for another: `--deadline`, or 5 seconds and what the work may take.
+std::chrono::milliseconds patience(const options& o);
+
+/// Where this process stands among those of the MPI job that make_job joined.
+struct job_place {
+  int rank = 0;
+  int size = 1;
+  int on_machine = 0;  ///< its number among those of its machine
+};
+job_place place_in_job();
+
+/// The error that this process is about to report is a consequence of another's.
+void note_consequence() noexcept;
+
+/// Rank 0's bytes, on all processes of the job. @throws gdn::comm_error if they do not come in time
+void broadcast(std::span<std::byte> bytes);
+
+/// @throws usage_error if `--comm nccl` has more ranks in one process than there are GPUs
+void expects_devices(const options& o);
 
 /// Seconds that reading the bundle and the run may take at most on a slow machine, roughly.
 double seconds_of_work(const options& o, const bundle& b);

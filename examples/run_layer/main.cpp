@@ -108,7 +108,7 @@ ending run(gdn_run::options o, gdn_run::job& job) {
     }
     if (const auto found = exceeds_memory(o, *b)) throw gdn::backend_error(found->text);
     job.expect_work(seconds_of_work(o, *b));
-    if (o.comm == gdn_run::comm_kind::mpi) fingerprint = gdn_run::fingerprint(o, *b);
+    if (o.processes) fingerprint = gdn_run::fingerprint(o, *b);
     return ending{};
   });
   e = job.agree(std::move(e), fingerprint);

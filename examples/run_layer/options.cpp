@@ -37,11 +37,16 @@ constexpr bool mpi = true;
 #else
 constexpr bool mpi = false;
 #endif
+#if defined(GDN_RUN_NCCL)
+constexpr bool nccl = true;
+#else
+constexpr bool nccl = false;
+#endif
 
 constexpr std::array<choice<comm_kind>, 4> comms = {{{"threads", comm_kind::threads},
                                                      {"mpi", comm_kind::mpi, mpi},
                                                      {"local", comm_kind::local, cuda},
-                                                     {"nccl", comm_kind::nccl, false}}};
+                                                     {"nccl", comm_kind::nccl, nccl}}};
 constexpr std::array<choice<backend_kind>, 2> backends = {
     {{"kokkos", backend_kind::kokkos}, {"cuda", backend_kind::cuda, cuda}}};
 constexpr std::array<choice<layout_kind>, 5> layouts = {{{"contiguous", layout_kind::contiguous},
@@ -165,8 +170,8 @@ command parse_command(std::span<const std::string> arguments) {
 
   const CLI::Option* deadline_option =
       app.add_option("--deadline", deadline,
-                     "Seconds that --comm mpi waits for a process from which nothing comes; otherwise 5 and what the work "
-                     "may take")
+                     "Seconds that --comm mpi or nccl waits for a rank from which nothing comes; otherwise 5 and what the "
+                     "work may take")
           ->type_name("X");
 
   std::vector<std::string> reversed(arguments.rbegin(), arguments.rend());  // as CLI11 wants them
@@ -197,14 +202,16 @@ command parse_command(std::span<const std::string> arguments) {
   if (o.backend == backend_kind::cuda) {
     if (app.count("--comm") == 0) o.comm = comm_kind::local;
     if (o.comm == comm_kind::threads || o.comm == comm_kind::mpi) {
-      throw usage_error("--comm " + comm.text() + " moves host memory; --backend cuda needs local");
+      throw usage_error("--comm " + comm.text() + " moves host memory; --backend cuda needs local or nccl");
     }
     if (o.dtype == gdn::dtype::f64) throw usage_error("--dtype f64 is of --backend kokkos only");
     if (o.rule == rule_kind::recurrent) throw usage_error("--rule recurrent is of --backend kokkos only");
-  } else if (o.comm == comm_kind::local) {
-    throw usage_error("--comm local moves device memory; it needs --backend cuda");
+  } else if (o.comm == comm_kind::local || o.comm == comm_kind::nccl) {
+    throw usage_error("--comm " + comm.text() + " moves device memory; it needs --backend cuda");
   }
-  if (o.deadline && o.comm != comm_kind::mpi) throw usage_error("--deadline is of --comm mpi only");
+  if (o.deadline && o.comm != comm_kind::mpi && o.comm != comm_kind::nccl) {
+    throw usage_error("--deadline is of --comm mpi and nccl only");
+  }
   // Last: where an option lacks its value, the bundle's name was taken for it, and the option is to blame.
   if (bundle->count() == 0) throw usage_error("BUNDLE is missing; one file must be named");
   if (o.bundle.empty()) throw usage_error("BUNDLE is ''; it must name a file");

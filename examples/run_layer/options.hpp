@@ -21,6 +21,7 @@ struct options {
   std::string bundle;  ///< path
   int ranks = 1;       ///< P
   bool ranks_given = false;
+  bool processes = false;  ///< the ranks are processes of an MPI job; set by the job, not the command line
   comm_kind comm = comm_kind::threads;
   backend_kind backend = backend_kind::kokkos;
   layout_kind layout = layout_kind::contiguous;
@@ -31,7 +32,7 @@ struct options {
   bool grad = true;                 ///< run the backward pass if the bundle asks for it
   bool decode = true;               ///< decode if the bundle asks for it
   std::optional<double> tolerance;  ///< for every tensor, in place of the defaults
-  std::optional<double> deadline;   ///< seconds that a rank of `--comm mpi` waits for another
+  std::optional<double> deadline;   ///< seconds that a rank of `--comm mpi` or `nccl` waits for another
   std::string out;                  ///< path, empty if nothing is written
   std::string json;                 ///< path, empty if nothing is written
   int repeat = 1;

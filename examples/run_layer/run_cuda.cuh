@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-/// @file  gdn-run's ranks as threads that share one GPU.
+/// @file  gdn-run's ranks on GPUs.
 
 #include <cstddef>
 #include <span>
 #include <vector>
 
 #include <gdn/cuda/backend.cuh>
-#include <gdn/cuda/local.hpp>
 #include <gdn/cuda/memory.hpp>
 
+#include "device_ranks.hpp"
 #include "run_typed.hpp"
 
 namespace gdn_run {
@@ -17,7 +17,16 @@ namespace gdn_run {
 class cuda_platform {
  public:
   using memory = gdn::device_memory;
-  using communicator = gdn::cuda::local_communicator;
+  using communicator = device_communicator;
+
+  explicit cuda_platform(const options& o) : options_(o) { choose_device(o); }
+
+  template <class F>
+  void run_ranks(F&& f) const {
+    run_device_ranks(options_, f);
+  }
+  /// Whether all ranks of this process are on one GPU.
+  bool one_memory() const { return options_.processes || options_.comm == comm_kind::local || options_.ranks == 1; }
 
   gdn::cuda::stream make_stream() const { return {}; }
   gdn::cuda::backend make_backend(int) const { return gdn::cuda::backend(); }
@@ -37,11 +46,14 @@ class cuda_platform {
   std::vector<E> get(const gdn::tensor_ref<E, R, memory>& from, gdn::cuda::stream_ref s) const {
     return gdn::cuda::copy_to_host(from, s);
   }
+
+ private:
+  const options& options_;
 };
 
 template <class T>
 run_result run_cuda(const options& o, const bundle& b, const gdn::fragment_table& layout) {
-  const cuda_platform platform;
+  const cuda_platform platform(o);
   return layer_run<T, cuda_platform>(o, b, layout, platform).run();
 }
 

@@ -176,14 +176,16 @@ class mpi_job final : public job {
 
   bool root() const noexcept override { return rank_ == 0; }
   void adopt(options& o) override {
+    const std::string comm = o.comm == comm_kind::nccl ? "--comm nccl" : "--comm mpi";
     if (size_ > max_ranks) {
-      throw usage_error(gdn::say("--comm mpi has", size_, "processes; there may be 1 to", max_ranks));
+      throw usage_error(gdn::say(comm, "has", size_, "processes; there may be 1 to", max_ranks));
     }
     if (o.ranks_given && o.ranks != size_) {
       throw usage_error(gdn::say("--ranks is", o.ranks) +
-                        gdn::say("; with --comm mpi it must be the number of processes,", size_));
+                        gdn::say("; with", comm, "it must be the number of processes,", size_));
     }
     o.ranks = size_;
+    o.processes = true;
   }
   void expect_work(double seconds) override {
     if (!fixed_) patience_ = base_patience + seconds;
@@ -245,6 +247,14 @@ class mpi_job final : public job {
   }
 
   MPI_Comm comm() const noexcept { return comm_; }
+  job_place place() const {
+    MPI_Comm machine = MPI_COMM_NULL;
+    job_place out{rank_, size_, 0};
+    gdn::mpi::check(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &machine), "MPI_Comm_split_type");
+    gdn::mpi::check(MPI_Comm_rank(machine, &out.on_machine), "MPI_Comm_rank");
+    gdn::mpi::check(MPI_Comm_free(&machine), "MPI_Comm_free");
+    return out;
+  }
   milliseconds deadline() const {
     return milliseconds(static_cast<std::int64_t>(std::clamp(1000 * patience_, 1., 1e12)));
   }
@@ -387,6 +397,25 @@ class mpi_job final : public job {
 };
 
 }  // namespace
+
+void note_consequence() noexcept {
+  if (joined != nullptr) joined->note_consequence();
+}
+
+job_place place_in_job() { return joined != nullptr ? joined->place() : job_place{}; }
+
+void broadcast(std::span<std::byte> bytes) {
+  if (joined == nullptr) return;
+  MPI_Request request = MPI_REQUEST_NULL;
+  gdn::mpi::check(MPI_Ibcast(bytes.data(), static_cast<int>(bytes.size()), MPI_BYTE, 0, joined->comm(), &request), "MPI_Ibcast");
+  gdn::expects<gdn::comm_error>(gdn::mpi::detail::completes(request, joined->deadline(), "MPI_Ibcast"),
+                                "not every process of the job came to the start of NCCL");
+}
+
+milliseconds patience(const options& o) {
+  if (joined != nullptr) return joined->deadline();
+  return milliseconds(static_cast<std::int64_t>(o.deadline.value_or(60) * 1000));
+}
 
 std::unique_ptr<job> join_mpi_job(double deadline_seconds) { return std::make_unique<mpi_job>(deadline_seconds); }
 

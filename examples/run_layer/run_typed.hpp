@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -17,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-#include <gdn/comm/threads.hpp>
+#include <gdn/comm/abort_guard.hpp>
 #include <gdn/io/checkpoint.hpp>
 #include <gdn/layer/decode.hpp>
 #include <gdn/layer/reduce.hpp>
@@ -90,7 +91,8 @@ class phase_clock {
 ///   block(requirement, fill)        memory of that kind
 ///   put(span, tensor, stream)       host elements into a contiguous tensor
 ///   get(tensor, stream)             and back
-///   run_ranks(f)                    optional: f(communicator&) on every rank; otherwise they are threads
+///   run_ranks(f)                    f(communicator&) on every rank of this process
+///   one_memory()                    optional: whether these ranks may read each other's memory; otherwise they do
 template <class T, class Platform>
 class layer_run {
   using A = gdn::accumulate_t<T>;
@@ -136,28 +138,18 @@ class layer_run {
     auto loaded_ws = loaded.workspace();
     gdn::load_parameters<T>(b_.file.content, parameter_prefix, d_, gdn::parameter_storage<T>::carve(loaded_ws, d_),
                             b_.config.ssm);
-    const auto weights = platform_.block(measure.peak(), std::byte{0});
-    {
-      const auto s = platform_.make_stream();
-      auto bytes = weights.workspace();
-      platform_.put(std::span<const std::byte>(loaded.data(), loaded.bytes()),
-                    bytes.template take<std::byte>(static_cast<index_t>(loaded.bytes())), s);
-    }
-    workspace weights_ws = weights.workspace();
-    layer_ = {d_, gdn::parameter_storage<T, memory>::carve(weights_ws, d_)};
-
+    const auto weights = one_memory() ? upload(loaded) : platform_.block({}, std::byte{0});
     result_.received.resize(static_cast<std::size_t>(o_.ranks));
-    const auto on_rank = [&](communicator& comm) {
-      rank(comm);
-      if constexpr (communicator::memory_type::host_accessible) {
-        if (o_.comm == comm_kind::mpi) gather(comm);
+    platform_.run_ranks([&](communicator& comm) {
+      if (one_memory()) {
+        rank(comm, layer_in(weights));
+      } else {
+        const auto own = upload(loaded);
+        const abort_on_error guard(comm);
+        rank(comm, layer_in(own));
       }
-    };
-    if constexpr (requires { platform_.run_ranks(on_rank); }) {
-      platform_.run_ranks(on_rank);
-    } else {
-      gdn::run_on_threads<communicator>(o_.ranks, on_rank);
-    }
+      if (o_.processes) gather(comm);
+    });
     result_.tokens = b_.packing.tokens();
     result_.milliseconds = clock_.least();
     std::vector<gdn::named_values> results;
@@ -176,10 +168,41 @@ class layer_run {
     return tensors_.back().get();
   }
 
+  /// Freeing device memory waits for work that may wait for a peer.
+  using abort_on_error = gdn::abort_guard<communicator>;
+
+  bool one_memory() const {
+    if constexpr (requires { platform_.one_memory(); }) {
+      return platform_.one_memory();
+    } else {
+      return true;
+    }
+  }
+  auto upload(const host_block& from) const {
+    auto out = platform_.block({from.bytes()}, std::byte{0});
+    const auto s = platform_.make_stream();
+    workspace ws = out.workspace();
+    platform_.put(std::span<const std::byte>(from.data(), from.bytes()),
+                  ws.template take<std::byte>(static_cast<index_t>(from.bytes())), s);
+    return out;
+  }
+  template <class Block>
+  gdn::gated_delta_net<T, memory> layer_in(const Block& weights) const {
+    workspace ws = weights.workspace();
+    return {d_, gdn::parameter_storage<T, memory>::carve(ws, d_)};
+  }
+
+  /// Until the work of the stream is done, messages of peers included.
+  template <class Stream>
+  static void settle(communicator& comm, const Stream& s) {
+    if constexpr (gdn::waits_for_streams<communicator>) comm.synchronize(s);
+  }
+
   template <class Backend, class Stream, class F>
-  void timed(const char* phase, int repetition, const Backend& be, const Stream& s, F&& f) {
+  void timed(const char* phase, int repetition, const Backend& be, communicator& comm, const Stream& s, F&& f) {
     const auto begin = std::chrono::steady_clock::now();
     f();
+    settle(comm, s);
     be.synchronize(s);
     const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - begin;
     clock_.add(phase, repetition, ms.count());
@@ -242,7 +265,7 @@ class layer_run {
     }
   }
 
-  void rank(communicator& comm) {
+  void rank(communicator& comm, const gdn::gated_delta_net<T, memory>& layer) {
     const auto stream = platform_.make_stream();
     const typename communicator::stream_type s = stream;
     const int me = comm.rank();
@@ -250,7 +273,7 @@ class layer_run {
 
     // Plan.
     gdn::cp_plan plan;
-    timed("plan", 0, be, s, [&] {
+    timed("plan", 0, be, comm, s, [&] {
       plan = gdn::plan_context_parallel(layout_, b_.packing, gdn::shape_of(d_), d_.channels(), plan_options_, o_.ranks,
                                         me);
     });
@@ -296,6 +319,7 @@ class layer_run {
     const auto gradient_memory = platform_.block(measure_gradients.peak(), poison);
     workspace gradient_ws = gradient_memory.workspace();
     const auto gradients = gdn::layer_gradients<T, memory>::carve(gradient_ws, d_);
+    const abort_on_error guard(comm);
     read_own(*b_.hidden_states, me, t.x, s);
     read_documents(b_.initial_state, plan.entering, t.initial, s);
     read_documents(b_.initial_conv_state, plan.entering, t.initial_conv, s);
@@ -319,19 +343,19 @@ class layer_run {
       d_states.initial_conv = t.d_initial_conv;
     }
     for (int i = 0; i < o_.repeat; ++i) {
-      timed("forward", i, be, s, [&] { gdn::forward(be, comm, layer_, resident, t.x, t.y, states, tape, ws, s); });
+      timed("forward", i, be, comm, s, [&] { gdn::forward(be, comm, layer, resident, t.x, t.y, states, tape, ws, s); });
       if (!grad_) continue;
       gradients.for_each([&](std::string_view, const auto& g) {
         be.fill_zero(gdn::make_tensor<memory>(g.data(), 1, g.size()), s);
       });
-      timed("backward", i, be, s,
-            [&] { gdn::backward(be, comm, layer_, resident, t.dy, t.dx, d_states, gradients, tape, ws, s); });
-      timed("reduce", i, be, s, [&] { gdn::reduce_gradients<T>(be, comm, gradients, ws, s); });
+      timed("backward", i, be, comm, s,
+            [&] { gdn::backward(be, comm, layer, resident, t.dy, t.dx, d_states, gradients, tape, ws, s); });
+      timed("reduce", i, be, comm, s, [&] { gdn::reduce_gradients<T>(be, comm, gradients, ws, s); });
     }
     gdn::traffic& received = result_.received[static_cast<std::size_t>(me)];
-    received = plan.forward_traffic(d_.hidden, sizeof(T), sizeof(A));
+    received = gdn::forward_traffic<T, memory>(d_, plan);
     if (grad_) {
-      const gdn::traffic back = plan.backward_traffic(d_.hidden, sizeof(T), sizeof(A));
+      const gdn::traffic back = gdn::backward_traffic<T, memory>(d_, plan);
       received.halo += back.halo;
       received.state += back.state;
       received.activations += back.activations;
@@ -349,7 +373,7 @@ class layer_run {
       write_documents(t.d_initial, plan.entering, grad_initial_, s);
       write_documents(t.d_initial_conv, plan.entering, grad_initial_conv_, s);
     }
-    if (decode_) decode(be, comm, plan, to_root, {t.final_, t.final_conv}, ws, s);
+    if (decode_) decode(be, comm, layer, plan, to_root, {t.final_, t.final_conv}, ws, s);
   }
 
   /// The gradients' memory as it lies there, on the host, under the names of the bundle.
@@ -366,8 +390,8 @@ class layer_run {
 
   /// After the prefill of many ranks, one decodes: token by token, all sequences at once.
   template <class Backend, class Stream>
-  void decode(const Backend& be, communicator& comm, const gdn::cp_plan& plan, const std::vector<int>& targets,
-              const gdn::layer_state<T, memory>& from, workspace& ws, const Stream& s) {
+  void decode(const Backend& be, communicator& comm, const gdn::gated_delta_net<T, memory>& layer,
+              const gdn::cp_plan& plan, const std::vector<int>& targets, const gdn::layer_state<T, memory>& from, workspace& ws, const Stream& s) {
     const index_t B = b_.batch;  // documents, too
     const index_t D = b_.decode_tokens;
     const bool root = comm.rank() == 0;
@@ -387,7 +411,9 @@ class layer_run {
     const auto block = platform_.block(measure.peak(), std::byte{0xff});
     workspace own = block.workspace();
     carve(own);
+    const abort_on_error guard(comm);
     gdn::deliver_states<T>(be, comm, d_, plan, targets, from, state, ws, s);
+    settle(comm, s);
     if (!root) return;
 
     std::vector<std::int32_t> all;
@@ -403,9 +429,9 @@ class layer_run {
       read_rows(std::span<const double>(tokens), i, d_.hidden, by_step.data() + (i % D * B + i / D) * d_.hidden);
     }
     platform_.put(std::span<const T>(by_step), x, s);
-    timed("decode", 0, be, s, [&] {
+    timed("decode", 0, be, comm, s, [&] {
       for (index_t t = 0; t < D; ++t) {
-        gdn::decode_step(be, layer_, gdn::rows(x, t * B, B), gdn::rows(y, t * B, B), state, slots, ws, s);
+        gdn::decode_step(be, layer, gdn::rows(x, t * B, B), gdn::rows(y, t * B, B), state, slots, ws, s);
       }
     });
     const std::vector<T> decoded = platform_.get(y, s);
@@ -419,12 +445,26 @@ class layer_run {
   /// Brings the results of ranks that are processes to rank 0, through the communicator; none of these bytes is counted.
   /// Every place has one writer and is 0 on the other ranks, so the whole is the union of the bits.
   void gather(communicator& comm) {
+    const auto stream = platform_.make_stream();
+    const typename communicator::stream_type s = stream;
     const auto move_to_root = [&](int from, auto* data, std::size_t n) {
-      const std::array sends = {gdn::send_op{data, n * sizeof(*data), 0}};
-      const std::array recvs = {gdn::recv_op{data, n * sizeof(*data), from}};
+      const std::size_t bytes = n * sizeof(*data);
       if (n == 0) return;
-      if (comm.rank() == from) comm.exchange(sends, {}, {});
-      if (comm.rank() == 0) comm.exchange({}, recvs, {});
+      workspace measure;
+      measure.template take<std::byte>(static_cast<index_t>(bytes));
+      const auto block = platform_.block(measure.peak(), std::byte{0});  // where the communicator's messages lie
+      const abort_on_error guard(comm);
+      workspace ws = block.workspace();
+      const auto message = ws.template take<std::byte>(static_cast<index_t>(bytes));
+      const std::array sends = {gdn::send_op{message.data(), bytes, 0}};
+      const std::array recvs = {gdn::recv_op{message.data(), bytes, from}};
+      if (comm.rank() == from) {
+        platform_.put(std::as_bytes(std::span(data, n)), message, s);
+        comm.exchange(sends, {}, s);
+      }
+      if (comm.rank() == 0) comm.exchange({}, recvs, s);
+      settle(comm, s);
+      if (comm.rank() == 0) std::memcpy(data, platform_.get(message, s).data(), bytes);
     };
     std::vector<double> arrived;
     for (int r = 1; r < comm.size(); ++r) {
@@ -458,7 +498,6 @@ class layer_run {
   bool decode_ = false;
   bool initial_gradient_ = false;
   gdn::plan_options plan_options_;
-  gdn::gated_delta_net<T, memory> layer_;
   phase_clock clock_;
   run_result result_;
   std::vector<std::unique_ptr<gdn::named_values>> tensors_;

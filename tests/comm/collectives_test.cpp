@@ -2,6 +2,8 @@
 #include <gdn/comm/collectives.hpp>
 #include <gdn/comm/self.hpp>
 #include <gdn/comm/threads.hpp>
+#include <gdn/core/storage.hpp>
+#include <gdn/layer/gated_delta_net.hpp>
 #include <plan/random_case.hpp>
 #include <support/deadline.hpp>
 #include <support/errors.hpp>
@@ -149,6 +151,45 @@ TEST_F(collectives, RanksWithDifferentPlansAllFindOut) {
     });
     EXPECT_EQ(found, odd < 0 ? 0 : 4);
   }
+}
+
+TEST_F(collectives, RanksWithLayersOfDifferentTypesOrSizesAllFindOut) {
+  const auto found = [](auto check) {
+    std::atomic<int> n = 0;
+    gdn::run_on_threads(3, [&](thread_communicator& comm) {
+      gdn::layer_dims dims{.hidden = 8, .key_heads = 2, .value_heads = 4, .key_dim = 4, .value_dim = 4};
+      const auto plan = [&] {
+        return gdn::plan_layer(dims, gdn::contiguous_layout{12, 3}, gdn::packing::rows_of(1, 12), {}, comm.rank());
+      };
+      try {
+        check(comm, dims, plan);
+      } catch (const metadata_error&) {
+        ++n;
+      }
+    });
+    return n.load();
+  };
+  const auto typed = [&]<class Odd, class Others>(Odd, Others) {
+    return found([](thread_communicator& comm, const auto&, auto plan) {
+      comm.rank() == 1 ? gdn::check_same_plan<Odd>(comm, plan(), stream)
+                       : gdn::check_same_plan<Others>(comm, plan(), stream);
+    });
+  };
+  EXPECT_EQ(typed(float{}, float{}), 0);
+  EXPECT_EQ(typed(gdn::bfloat16{}, gdn::bfloat16{}), 0);
+  EXPECT_EQ(typed(double{}, float{}), 3);
+  EXPECT_EQ(typed(float{}, gdn::bfloat16{}), 3);
+  EXPECT_EQ(typed(gdn::float16{}, gdn::bfloat16{}), 3);  // of one size
+  const auto sized = [&](auto change) {
+    return found([&](thread_communicator& comm, gdn::layer_dims& dims, auto plan) {
+      if (comm.rank() == 1) change(dims);
+      gdn::check_same_plan(comm, plan(), stream);
+    });
+  };
+  EXPECT_EQ(sized([](gdn::layer_dims&) {}), 0);
+  EXPECT_EQ(sized([](gdn::layer_dims& d) { d.hidden = 16; }), 3);
+  EXPECT_EQ(sized([](gdn::layer_dims& d) { d.key_heads = 4; }), 3);
+  EXPECT_EQ(sized([](gdn::layer_dims& d) { d.value_heads = 2; }), 3);
 }
 
 TEST_F(collectives, GatherLayoutBuildsOneTableFromWhatEachRankKnows) {

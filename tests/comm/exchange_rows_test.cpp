@@ -7,6 +7,7 @@
 #include <support/errors.hpp>
 #include <support/host_rows.hpp>
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 namespace {
@@ -77,6 +78,21 @@ TEST_F(exchange_rows, UndoThenRedoIsIdentityAndKeepsPadding) {
       });
     }
   }
+}
+
+TEST_F(exchange_rows, RowsThatATensorDoesNotHaveAreRefusedBeforeAnythingIsSent) {
+  const auto pack = gdn::packing::rows_of(1, 16);
+  gdn::run_on_threads(2, [&](gdn::thread_communicator& comm) {
+    const resident r(gdn::plan_context_parallel(gdn::zigzag_layout{16, 2}, pack, {}, 1, {}, comm.rank()));
+    matrix full(8), shorter(7);
+    EXPECT_THAT(text_of<gdn::shape_error>([&] { move_rows(comm, r.tables.undo, shorter, full, 1); }),
+                testing::HasSubstr("sent, the tensor has 7"));
+    EXPECT_THAT(text_of<gdn::shape_error>([&] { move_rows(comm, r.tables.undo, full, shorter, 1); }),
+                testing::HasSubstr("received, the tensor has 7"));
+    EXPECT_EQ(comm.state(), gdn::comm_state::ok);
+    matrix moved(8);
+    move_rows(comm, r.tables.undo, full, moved, 1);
+  });
 }
 
 // <halo(x), h> = <x, halo^T(h)>, over all ranks; the numbers are small integers, so sums are exact in any order.

@@ -9,19 +9,34 @@
 #include <utility>
 #include <vector>
 
+#include <gdn/core/storage.hpp>
+
 #include <conformance/fixture.hpp>
 #include <support/errors.hpp>
 #include <support/rule_reference.hpp>
 
 namespace gdn_test {
 
-/// rms(error) / rms(reference), for every output and gradient of the rule.
+/// rms(error) / rms(reference), for every output and gradient of the rule on well-conditioned inputs. 16-bit operands are
+/// rounded again on their way through the matrix units, and gradients of f16 reach into its subnormal numbers.
 template <class T>
-inline constexpr double rule_limit = 3e-3;  // 16-bit storage: its own rounding of the outputs
-template <>
-inline constexpr double rule_limit<double> = 1e-13;
+inline constexpr double rule_limit = 1e-13;
 template <>
 inline constexpr double rule_limit<float> = 2e-6;
+template <>
+inline constexpr double rule_limit<gdn::bfloat16> = epsilon<gdn::bfloat16>;
+template <>
+inline constexpr double rule_limit<gdn::float16> = 2 * epsilon<gdn::float16>;
+
+/// Keys that nearly agree make gradients cancel, so that roundings weigh more.
+template <class T>
+inline constexpr double cancelling_limit = (sizeof(T) == 2 ? 10 : 5) * rule_limit<T>;
+
+/// What a type cannot tell from zero: after a decay of e^-20, float16 holds nothing.
+template <class T>
+inline constexpr double rule_underflow = 0;
+template <>
+inline constexpr double rule_underflow<gdn::float16> = 0x1p-24;
 
 /// Inputs of a call, as a backend stores them.
 template <class T>
@@ -175,26 +190,38 @@ double rms_distance(const host_tensor<T, R>& got, const host_tensor<double, R>& 
   return error == 0 ? 0 : std::sqrt(error / size);
 }
 
+/// The largest error; NaN counts as none where both have it, else as infinite.
+template <class T, int R>
+double largest_distance(const host_tensor<T, R>& got, const host_tensor<double, R>& want) {
+  double largest = 0;
+  for (index_t n = 0; n < want.size(); ++n) {
+    const double a = real(got.at(n)), b = want.at(n);
+    if (std::isnan(a) && std::isnan(b)) continue;
+    if (!std::isfinite(a) || !std::isfinite(b)) return std::numeric_limits<double>::infinity();
+    largest = std::max(largest, std::abs(a - b));
+  }
+  return largest;
+}
+
+/// @param absolute errors up to this pass, however small the reference (FLA's metric has 1e-6)
 template <class T>
-testing::AssertionResult near(const rule_outputs<T>& got, const rule_answers& want, double limit, bool backward = true) {
+testing::AssertionResult near(const rule_outputs<T>& got, const rule_answers& want, double limit, double absolute = 0) {
   testing::AssertionResult failure = testing::AssertionFailure();
   bool ok = true;
   const auto check = [&](const char* name, const auto& a, const auto& b) {
     const double error = rms_distance(a, b);
-    if (error <= limit) return;
+    if (error <= limit || largest_distance(a, b) <= absolute) return;
     ok = false;
     failure << "\n  rms error of " << name << " is " << error << " of its size, limit " << limit;
   };
   check("o", got.o, want.o);
   check("ht", got.ht, want.ht);
-  if (backward) {
-    check("dq", got.dq, want.dq);
-    check("dk", got.dk, want.dk);
-    check("dv", got.dv, want.dv);
-    check("dg", got.dg, want.dg);
-    check("dbeta", got.dbeta, want.dbeta);
-    check("dh0", got.dh0, want.dh0);
-  }
+  check("dq", got.dq, want.dq);
+  check("dk", got.dk, want.dk);
+  check("dv", got.dv, want.dv);
+  check("dg", got.dg, want.dg);
+  check("dbeta", got.dbeta, want.dbeta);
+  check("dh0", got.dh0, want.dh0);
   return ok ? testing::AssertionSuccess() : failure;
 }
 
@@ -437,7 +464,9 @@ TYPED_TEST_P(delta_rule_conformance, ForwardAndBackwardAreTheTokenRecurrence) {
         const index_t Hk = random.between(1, 2);
         auto c = random_rule_case<T>(random, {length, Hk, Hk * ratio, K, V}, chunk);
         if (random.coin()) c.cut({length}, rule_case<T>::states::none, random);
-        ASSERT_TRUE(near(this->run(c), by_recurrence(c.numbers()), this->limit));
+        // The few numbers of one token may cancel: in 16 bits, some roundings of numbers of about 1 pass.
+        const double absolute = sizeof(T) == 2 && length == 1 ? 8 * epsilon<T> : rule_underflow<T>;
+        EXPECT_TRUE(near(this->run(c), by_recurrence(c.numbers()), this->limit, absolute));
       }
     }
   }
@@ -451,7 +480,7 @@ TYPED_TEST_P(delta_rule_conformance, GatesAndBetasMayTakeTheirExtremes) {
       SCOPED_TRACE(testing::Message() << "seed " << seed() << ", gates " << int(gates) << ", betas " << int(betas));
       random_source random(n++);
       const auto c = random_rule_case<T>(random, {150, 1, 3, 16, 12}, 64, key_kind::random, gates, betas);
-      EXPECT_TRUE(near(this->run(c), by_recurrence(c.numbers()), this->limit));
+      EXPECT_TRUE(near(this->run(c), by_recurrence(c.numbers()), this->limit, rule_underflow<T>));
     }
   }
 }
@@ -466,7 +495,7 @@ TYPED_TEST_P(delta_rule_conformance, KeysMayBeCorrelatedOrIdentical) {
                                         << ", betas " << int(betas));
         random_source random(n++);
         const auto c = random_rule_case<T>(random, {200, 2, 2, 32, 32}, 64, keys, gates, betas);
-        EXPECT_TRUE(near(this->run(c), by_recurrence(c.numbers()), 5 * this->limit));
+        EXPECT_TRUE(near(this->run(c), by_recurrence(c.numbers()), cancelling_limit<T>));
       }
     }
   }
@@ -800,8 +829,9 @@ TYPED_TEST_P(delta_rule_conformance, ThreadsAndRunsChangeNoBit) {
   c.cut({100, 1, 70, 129}, rule_case<T>::states::mixed, random);
   const auto run_all = [&](const auto& be) {
     placed_rule<TypeParam> run(be, c);
-    auto summaries = placed_rule<TypeParam>::template nan<typename TestFixture::sum_type, 1>({2 * (c.bias() + c.transition())});
-    auto back = summaries;
+    using A = typename TestFixture::sum_type;
+    auto summaries = placed_rule<TypeParam>::template nan<A, 1>({2 * (c.bias() + c.transition())});
+    auto back = placed_rule<TypeParam>::template nan<A, 1>({2 * (c.bias() + c.transition())});
     const index_t second = c.bias() + c.transition();
     run.prepare(be);
     run.summarise(be, {{0, c.segments[0].h0, 0, c.bias(), -1}, {3, -1, second, second + c.bias(), -1}}, summaries);

@@ -21,6 +21,12 @@ TEST(say, JoinsWordsAndNumbersWithSpaces) {
   EXPECT_EQ(gdn::say("a"s, std::string_view("b"), true, false, 0.5), "a b true false 0.500000");
 }
 
+TEST(say, PutsNoSpaceBeforePunctuationOfTheText) {
+  EXPECT_EQ(gdn::say("the limit is", 3, ", not", 4, "; see (", "docs", ")"), "the limit is 3, not 4; see ( docs)");
+  EXPECT_EQ(gdn::say("rank", 1, "of", 4, ":", 32), "rank 1 of 4: 32");
+  EXPECT_EQ(gdn::say("cannot open", ".hidden"s, std::string_view(",")), "cannot open .hidden ,");  // values are kept
+}
+
 TEST(expects, ThrowsItsTextWithTheValues) {
   EXPECT_NO_THROW(gdn::expects(true, "never", 1));
   EXPECT_EQ(text_of<gdn::error>([] { gdn::expects(1 > 2, "rows must not decrease, but", 1, "follows", 2); }),

@@ -96,6 +96,16 @@ TEST(workspace, NamesWhatItHasAndWhatIsNeeded) {
   EXPECT_THROW(ws.take<char>(1), workspace_error);
 }
 
+TEST(workspace, RejectsNegativeExtents) {
+  workspace<host_memory> measure;
+  for (const gdn::index_t n : {-1, -300}) {
+    EXPECT_EQ(text_of<gdn::shape_error>([&] { measure.take<float>(2, n); }),
+              gdn::say("a tensor of a workspace cannot have extent", n));
+    EXPECT_THROW(measure.take<float>(n, n), gdn::shape_error);  // of positive size
+  }
+  EXPECT_EQ(measure.peak().bytes, 0U);
+}
+
 TEST(workspace, RejectsMemoryThatIsMisalignedOrMissing) {
   const block memory(512);
   EXPECT_EQ(text_of<workspace_error>([&] { workspace<host_memory>(memory.begin() + 8, 100); }),

@@ -8,6 +8,7 @@
 #include <gdn/comm/threads.hpp>
 #include <gdn/cuda/local.hpp>
 #include <gdn/cuda/memory.hpp>
+#include <gdn/cuda/self.hpp>
 
 namespace gdn_test {
 namespace {
@@ -59,6 +60,23 @@ TEST(LocalCommunicator, ARankThatLeavesEndsTheOthersWaiting) {
                                                          comm.exchange({}, recvs, s);
                                                        }),
                gdn::comm_error);
+}
+
+TEST(CudaSelfCommunicator, CopiesItsMessagesAndRefusesOthers) {
+  gdn::cuda::self_communicator self;
+  const gdn::cuda::stream s;
+  gdn::cuda::device_block memory({512});
+  auto ws = memory.workspace();
+  const auto from = ws.take<int>(4), to = ws.take<int>(4);
+  const std::vector<int> numbers = {1, 2, 3, 4};
+  gdn::cuda::copy_to_device<int>(numbers, from, s);
+  const std::vector<gdn::send_op> sends = {{from.data(), 16, 0}};
+  const std::vector<gdn::recv_op> recvs = {{to.data(), 16, 0}}, shorter = {{to.data(), 8, 0}};
+  self.exchange(sends, recvs, s);
+  EXPECT_EQ(gdn::cuda::copy_to_host(to, s), numbers);
+  EXPECT_THROW(self.exchange(sends, shorter, s), gdn::comm_error);
+  EXPECT_EQ(self.state(), gdn::comm_state::failed);
+  EXPECT_THROW(self.exchange(sends, recvs, s), gdn::comm_error) << "a communicator that failed stays failed";
 }
 
 }  // namespace

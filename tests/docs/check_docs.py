@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SOURCES = [p for folder in ("include", "backends", "examples", "tests", "scripts") for p in (ROOT / folder).rglob("*")
+SOURCES = [p for folder in ("include", "backends", "benchmarks", "examples", "tests", "scripts") for p in (ROOT / folder).rglob("*")
            if p.suffix in (".hpp", ".cuh", ".cpp", ".cu", ".py", ".sh", ".txt") or p.parent.name == "scripts" and p.is_file()]
 SOURCES = [p for p in SOURCES if p.name != "check_docs.py"] + [ROOT / "CMakeLists.txt"]
 
@@ -133,6 +133,11 @@ def check_options(say, words, texts, values=""):
             say(f"{name} has no value {value}")
 
 
+def is_program(name):
+    """Examples and benchmarks are programs of one file."""
+    return any(ROOT.glob(f"examples/{name}.c*")) or any(ROOT.glob(f"benchmarks/{name}.c*"))
+
+
 def check_command(page, line, words):
     say = lambda text: problem(page, line, f"{text}: {' '.join(words)}")
     program = words[0]
@@ -159,14 +164,14 @@ def check_command(page, line, words):
         for word, following in zip(words, [*words[1:], ""]):
             if word == "--preset" and following not in [p["name"] for p in PRESETS[kind]]:
                 say(f"there is no preset {following}")
-            if word == "--target" and following not in CMAKE and not (ROOT / f"examples/{following}.cpp").exists():
+            if word == "--target" and following not in CMAKE and not is_program(following):
                 say(f"there is no target {following}")
             if (match := re.match(r"-D(\w+)", word)) and match[1] not in CMAKE_VARIABLES and match[1] not in CMAKE:
                 say(f"there is no variable {match[1]}")
     elif program.startswith("build/"):
-        if not (ROOT / f"examples/{name}.cpp").exists() and f"({name}" not in CMAKE:
+        if not is_program(name) and f"({name}" not in CMAKE:
             say("there is no such program")
-    elif program not in ("c++", "git", "cd"):
+    elif program not in ("c++", "git", "cd", "export"):
         say("an unknown command")
 
 

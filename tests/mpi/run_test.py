@@ -5,6 +5,7 @@
 run_test.py GDN_RUN --data DIR --mpirun MPIRUN --faults LIBRARY
 """
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -45,19 +46,30 @@ class Runs(unittest.TestCase):
             (4, "qwen3_5_short_prompt", "--layout", "interleaved"),
         )
         for ranks, sample, *options in cases:
-            with self.subTest(sample=sample, ranks=ranks, options=options):
-                threads = subprocess.run([ARGUMENTS.program, "--ranks", str(ranks), *options, "--out", self.path("threads"), "--json",
-                                          self.path("threads.json"), self.sample(sample)], capture_output=True, text=True, timeout=120)
-                outcome = self.mpi(ranks, "--ranks", str(ranks), *options, "--out", "mpi", "--json", "mpi.json", self.sample(sample))
-                self.assertEqual(outcome.codes, {r: threads.returncode for r in range(ranks)}, str(outcome))
-                self.assertEqual(outcome.lines, [])
-                self.assertTrue(self.path("mpi").read_bytes() == self.path("threads").read_bytes())
-                reports = [json.loads(self.path(name).read_text()) for name in ("mpi.json", "threads.json")]
-                self.assertEqual(*(r["tensors"] for r in reports))
-                self.assertEqual(*(r["bytes_received"] for r in reports))
-                self.assertEqual(*(set(r["milliseconds"]) for r in reports))
-                before_times = [text.split("milliseconds")[0] for text in (outcome.stdout, threads.stdout)]
-                self.assertEqual(*before_times)
+            self.same_bits(ranks, sample, options)
+
+    def test_same_bits_as_threads_for_every_layout_strategy_and_way_to_share(self):
+        samples = {"contiguous": "qwen3_5_packed_ragged", "zigzag": "qwen3_5_packed_ragged", "zigzag-documents": "qwen3_5_packed_full",
+                   "interleaved": "qwen3_5_packed_padded", "seq-index": "qwen3_5_seq_index_permuted"}
+        combinations = itertools.product(samples.items(), ("reshard", "in-place"), ("all-gather", "prefix-scan", "relay"))
+        for i, ((layout, sample), strategy, share) in enumerate(combinations):  # each pair of them in both types
+            dtype = ("f32", "bf16")[i % 2]
+            self.same_bits(4, sample, ["--layout", layout, "--strategy", strategy, "--share", share, "--dtype", dtype])
+
+    def same_bits(self, ranks, sample, options):
+        with self.subTest(sample=sample, ranks=ranks, options=options):
+            threads = subprocess.run([ARGUMENTS.program, "--ranks", str(ranks), *options, "--out", self.path("threads"), "--json",
+                                      self.path("threads.json"), self.sample(sample)], capture_output=True, text=True, timeout=120)
+            outcome = self.mpi(ranks, "--ranks", str(ranks), *options, "--out", "mpi", "--json", "mpi.json", self.sample(sample))
+            self.assertEqual(outcome.codes, {r: threads.returncode for r in range(ranks)}, str(outcome))
+            self.assertEqual(outcome.lines, [])
+            self.assertTrue(self.path("mpi").read_bytes() == self.path("threads").read_bytes())
+            reports = [json.loads(self.path(name).read_text()) for name in ("mpi.json", "threads.json")]
+            self.assertEqual(*(r["tensors"] for r in reports))
+            self.assertEqual(*(r["bytes_received"] for r in reports))
+            self.assertEqual(*(set(r["milliseconds"]) for r in reports))
+            before_times = [text.split("milliseconds")[0] for text in (outcome.stdout, threads.stdout)]
+            self.assertEqual(*before_times)
 
     def test_seq_index_of_the_number_of_processes(self):
         outcome = self.mpi(4, "--layout", "seq-index", self.sample("qwen3_5_seq_index_permuted"))

@@ -66,6 +66,7 @@ TEST(digest, DiffersWhereverTwoRanksMightDisagree) {
       },
       [](arguments& a) { a.shape.conv_width = 3; },
       [](arguments& a) { a.shape.chunk = 32; },
+      [](arguments& a) { a.shape.hidden = 9; },
       [](arguments& a) { a.shape.summary.heads = 2; },
       [](arguments& a) { a.shape.summary.key_dim = 2; },
       [](arguments& a) { a.shape.summary.value_dim = 2; },
@@ -92,7 +93,8 @@ TEST(digest, OfManyRandomBatchesNeverCollides) {
     random_source random(n);
     const plan_case c = any_case(random);
     std::string key = gdn::say(c.world, c.pack.batch, c.pack.row_length, c.shape.conv_width, c.shape.chunk,
-                               c.shape.summary.heads, c.shape.summary.key_dim, c.shape.summary.value_dim, "|");
+                               c.shape.summary.heads, c.shape.summary.key_dim, c.shape.summary.value_dim, c.shape.hidden,
+                               "|");
     for (const gdn::fragment& f : c.rows) key += gdn::say(f.begin, f.count, f.rank, f.local, "");
     for (const gdn::token_run& r : c.pack.runs) key += gdn::say("r", r.row, r.token, r.count);
     for (const index_t v : c.pack.cu_seqlens) key += gdn::say("c", v);

@@ -184,20 +184,109 @@ TEST(state_chain, AllRowsOfABatchShareOneMessage) {
   EXPECT_EQ(five[1].chain.elements_received(1), 5 * one[1].chain.elements_received(1));
 }
 
-TEST(strategy, ShreddedDocumentsAreReshardedAndDescribeSaysSo) {
-  const auto pack = gdn::packing::rows_of(1, 24);
-  for (const gdn::cp_plan& p : plans_of(gdn::interleaved_layout{24, 4}, pack, {gdn::strategy::in_place})) {
-    EXPECT_EQ(p.strategy, gdn::strategy::reshard);
-    EXPECT_THAT(plain(p.describe()), HasSubstr("strategy reshard, not in-place: a document comes down to single rows"));
+/// Ranks in turn hold `rows` rows each.
+gdn::explicit_layout dealt(index_t rows, int world, index_t total) {
+  std::vector<std::vector<std::pair<index_t, index_t>>> of_rank(static_cast<std::size_t>(world));
+  for (index_t at = 0; at < total; at += rows) {
+    of_rank[static_cast<std::size_t>(at / rows % world)].emplace_back(at, std::min(total, at + rows));
   }
-  for (const gdn::cp_plan& p : plans_of(gdn::zigzag_layout{24, 4}, pack, {gdn::strategy::in_place})) {
-    EXPECT_EQ(p.strategy, gdn::strategy::in_place);
-    EXPECT_THAT(p.describe(), Not(HasSubstr("not in-place")));
+  return gdn::from_ranges(of_rank);
+}
+
+TEST(strategy, AtMostTwoPiecesOfADocumentPerRankStayInPlaceWhateverTheSizes) {
+  const auto shape = shape_of(32, 128, 128);  // hid 0: moving rows would cost nothing
+  const auto one = gdn::packing::rows_of(1, 64);
+  const auto three = gdn::packing::from_cu_seqlens(std::vector<index_t>{0, 16, 48, 64}, {}, 1, 64);
+  const auto stays = [&](const gdn::sequence_layout auto& layout, const gdn::packing& pack) {
+    for (const gdn::share share : shares) {
+      for (const gdn::cp_plan& p : plans_of(layout, pack, {gdn::strategy::in_place, share}, shape)) {
+        EXPECT_EQ(p.strategy, gdn::strategy::in_place);
+        EXPECT_EQ(p.forward_traffic(1, 1, 1).activations + p.backward_traffic(1, 1, 1).activations, 0);
+        EXPECT_THAT(p.describe(), Not(HasSubstr("not in-place")));
+      }
+    }
+  };
+  for (const gdn::packing& pack : {one, three}) {
+    stays(gdn::contiguous_layout{64, 4}, pack);
+    stays(gdn::zigzag_layout{64, 4}, pack);
+    stays(gdn::per_document_zigzag(pack.document_rows(), 64, 4), pack);
   }
-  // Many short documents, each of few pieces, are not shredded.
-  const auto shorts = gdn::packing::from_cu_seqlens(std::vector<index_t>{0, 4, 8, 12, 16, 20, 24}, {}, 1, 24);
-  for (const gdn::cp_plan& p : plans_of(gdn::interleaved_layout{24, 4}, shorts, {gdn::strategy::in_place})) {
-    EXPECT_EQ(p.strategy, gdn::strategy::in_place);
+  // Interleaved, too, where documents are short.
+  stays(gdn::interleaved_layout{24, 4},
+        gdn::packing::from_cu_seqlens(std::vector<index_t>{0, 8, 16, 24}, {}, 1, 24));
+}
+
+TEST(strategy, ManyPiecesAreReshardedWhereThatMovesLessAndDescribeSaysSo) {
+  const auto strategy_of = [](const gdn::sequence_layout auto& layout, gdn::plan_shape shape, index_t hidden) {
+    shape.hidden = hidden;
+    const auto pack = gdn::packing::rows_of(1, layout.size());
+    const auto plans = plans_of(layout, pack, {gdn::strategy::in_place}, shape);
+    for (const gdn::cp_plan& p : plans) {
+      EXPECT_EQ(p.strategy, plans[0].strategy);
+      EXPECT_EQ(p.describe().find("strategy reshard, not in-place: summaries of so many pieces would be more than the "
+                                  "rows") != std::string::npos,
+                p.strategy == gdn::strategy::reshard);
+    }
+    return plans[0].strategy;
+  };
+  const auto wide = shape_of(32, 128, 128), narrow = shape_of(1, 2, 2);
+  for (const index_t rows : {1, 2, 16}) {
+    EXPECT_EQ(strategy_of(dealt(rows, 8, 512), wide, 2048), gdn::strategy::reshard) << rows;
+    EXPECT_EQ(strategy_of(dealt(rows, 8, 512), narrow, 2048), gdn::strategy::in_place) << rows;
+  }
+  // Three pieces of 4,096 rows on each of eight ranks: rows of 2,048 elements cost more than 23 states.
+  EXPECT_EQ(strategy_of(dealt(4096, 8, 3 * 8 * 4096), shape_of(8, 64, 64), 2048), gdn::strategy::in_place);
+}
+
+TEST(strategy, InPlaceNeverMovesMoreThanReshardingByMuch) {
+  // Elements that all ranks receive; a prediction may count messages to oneself, and rows of history in full.
+  for (std::uint64_t n = 0; n < cases(300) && !HasFailure(); ++n) {
+    random_source random(n);
+    plan_case c = any_case(random);
+    c.shape.hidden = random.between(1, 40);
+    const gdn::share share = random.coin() ? gdn::share::all_gather : gdn::share::relay;
+    SCOPED_TRACE(testing::Message() << "case " << n << ": " << c);
+    const auto received = [&](gdn::strategy s) {
+      index_t sum = 0;
+      for (const gdn::cp_plan& p : c.plans({s, share})) {
+        const gdn::traffic t = p.forward_traffic(c.shape.hidden, 1, 1);
+        sum += t.activations + t.state;
+      }
+      return sum;
+    };
+    index_t most = 0;  // pieces of a document on one rank
+    for (const gdn::cp_plan& p : c.plans({gdn::strategy::in_place, share})) {
+      std::vector<index_t> pieces(static_cast<std::size_t>(p.documents()), 0);
+      for (const gdn::segment& s : p.segments) {
+        most = std::max(most, ++pieces[static_cast<std::size_t>(s.document)]);
+      }
+    }
+    if (most > 2) {
+      EXPECT_LE(received(gdn::strategy::in_place),
+                received(gdn::strategy::reshard) + c.world * c.pack.documents() * 5 * 3);
+    }
+  }
+}
+
+TEST(strategy, WhatAChainIsPredictedToMoveIsWhatItMoves) {
+  for (std::uint64_t n = 0; n < cases(300) && !HasFailure(); ++n) {
+    random_source random(n);
+    plan_case c = any_case(random);
+    c.shape.hidden = 1000;
+    SCOPED_TRACE(testing::Message() << "case " << n << ": " << c);
+    for (const gdn::share share : shares) {
+      const auto plans = c.plans({gdn::strategy::in_place, share});
+      double predicted = 0, received = 0;
+      gdn::detail::chain_predictor chain(c.shape.summary, share, c.world);
+      gdn::detail::for_each_chain(plans[0].table, plans[0].cu_seqlens,
+                                  [&](std::span<const int> ranks) { predicted += chain.elements(ranks); });
+      for (const gdn::cp_plan& p : plans) received += static_cast<double>(p.chain.elements_received(p.rank));
+      if (share == gdn::share::prefix_scan) {
+        EXPECT_GE(predicted, received);
+      } else {
+        EXPECT_EQ(predicted, received);
+      }
+    }
   }
 }
 

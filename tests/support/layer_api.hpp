@@ -5,6 +5,7 @@
 #include <memory>
 #include <span>
 
+#include <gdn/core/storage.hpp>
 #include <gdn/layer/decode.hpp>
 #include <gdn/layer/reduce.hpp>
 #include <gdn/layer/requirements.hpp>
@@ -85,5 +86,6 @@ class layer_api {
 
 extern template class layer_api<double>;
 extern template class layer_api<float>;
+extern template class layer_api<gdn::bfloat16>;
 
 }  // namespace gdn_test

@@ -144,6 +144,15 @@ testing::AssertionResult same_bits(const layer_result& got, const layer_result& 
 
 // ---- one rank -------------------------------------------------------------------------------------------------------
 
+namespace {
+
+template <class T>
+bool same_bytes(const std::vector<T>& a, const std::vector<T>& b) {  // NaN is equal to itself
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+}  // namespace
+
 template <class T>
 owned_layer<T>::owned_layer(const layer_batch& batch) {
   const gdn::layer_dims& d = batch.dims;
@@ -171,22 +180,21 @@ owned_layer<T>::owned_layer(const layer_batch& batch) {
 }
 template <class T>
 bool owned_layer<T>::unchanged() const {
-  return weights_ == weights_before_ && full_ == full_before_;
+  for (std::size_t i = 0; i < 9; ++i) {
+    if (!same_bytes(weights_[i], weights_before_[i]) || !same_bytes(full_[i], full_before_[i])) return false;
+  }
+  return true;
 }
 template class owned_layer<double>;
 template class owned_layer<float>;
+template class owned_layer<gdn::bfloat16>;
 
 namespace {
-
-template <class T>
-bool same_bytes(const std::vector<T>& a, const std::vector<T>& b) {  // NaN is equal to itself
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
 
 /// `n` NaN, to be written.
 template <class T>
 std::vector<T> unwritten(index_t n) {
-  return std::vector<T>(static_cast<std::size_t>(n), std::numeric_limits<T>::quiet_NaN());
+  return std::vector<T>(static_cast<std::size_t>(n), static_cast<T>(std::numeric_limits<double>::quiet_NaN()));
 }
 
 template <class T>
@@ -338,9 +346,9 @@ class rank_run {
     EXPECT_TRUE(table_block.guards_hold());
     for (const gdn::run& p : plan.padding) {
       for (index_t i = p.local * d_.hidden; i < (p.local + p.count) * d_.hidden; ++i) {
-        EXPECT_EQ(y[static_cast<std::size_t>(i)], 0) << "padding of y";
+        EXPECT_EQ(static_cast<double>(y[static_cast<std::size_t>(i)]), 0) << "padding of y";
         if (grad) {
-          EXPECT_EQ(dx[static_cast<std::size_t>(i)], 0) << "padding of dx";
+          EXPECT_EQ(static_cast<double>(dx[static_cast<std::size_t>(i)]), 0) << "padding of dx";
         }
       }
     }
@@ -359,12 +367,10 @@ class rank_run {
       }
       of_rank_[at] = std::move(grad_values);
     }
-    const auto e = static_cast<index_t>(sizeof(T));
-    const auto a = static_cast<index_t>(sizeof(A));
     out_.forward_messages[at] = forward_messages;
     out_.backward_messages[at] = backward_messages;
-    out_.forward_plan[at] = plan.forward_traffic(d_.hidden, e, a);
-    out_.backward_plan[at] = plan.backward_traffic(d_.hidden, e, a);
+    out_.forward_plan[at] = gdn::forward_traffic<T>(d_, plan);
+    out_.backward_plan[at] = gdn::backward_traffic<T>(d_, plan);
     out_.promised[at] = need;
     out_.strategy[at] = plan.strategy;
   }
@@ -429,5 +435,6 @@ layer_result run_layer(const layer_batch& b, const layer_spread& s) {
 }
 template layer_result run_layer<double>(const layer_batch&, const layer_spread&);
 template layer_result run_layer<float>(const layer_batch&, const layer_spread&);
+template layer_result run_layer<gdn::bfloat16>(const layer_batch&, const layer_spread&);
 
 }  // namespace gdn_test

@@ -97,6 +97,7 @@ template <class T>
 layer_result run_layer(const layer_batch& batch, const layer_spread& spread);
 extern template layer_result run_layer<double>(const layer_batch&, const layer_spread&);
 extern template layer_result run_layer<float>(const layer_batch&, const layer_spread&);
+extern template layer_result run_layer<gdn::bfloat16>(const layer_batch&, const layer_spread&);
 
 /// Random weights, inputs and states of sizes that make all parts of the layer matter.
 layer_batch random_batch(random_source& random, const gdn::layer_dims& d, gdn::packing pack);
@@ -176,5 +177,6 @@ class owned_layer {
 };
 extern template class owned_layer<double>;
 extern template class owned_layer<float>;
+extern template class owned_layer<gdn::bfloat16>;
 
 }  // namespace gdn_test

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <support/layer_reference.hpp>
 
+#include <algorithm>
 #include <cmath>
 
 namespace gdn_test {
@@ -33,7 +34,7 @@ values unit(values v, double eps) {
 
 }  // namespace
 
-layer_result layer_by_formulas(const layer_batch& b, bool initial) {
+layer_result layer_by_formulas(const layer_batch& b, bool initial, const std::function<double(double)>& kept) {
   const gdn::layer_dims& d = b.dims;
   const auto at = [](auto i) { return static_cast<std::size_t>(i); };
   const auto hid = d.hidden, Hv = d.value_heads, K = d.key_dim, V = d.value_dim, W = d.conv_width, Dc = d.channels();
@@ -64,14 +65,16 @@ layer_result layer_by_formulas(const layer_batch& b, bool initial) {
       values normed(at(Hv * V));
       for (index_t h = 0; h < Hv; ++h) {
         const index_t group = h / (Hv / d.key_heads);
-        const values q = unit(head_of(p, group, K), d.l2_eps), k = unit(head_of(p, d.key_heads + group, K), d.l2_eps);
+        values q = unit(head_of(p, group, K), d.l2_eps), k = unit(head_of(p, d.key_heads + group, K), d.l2_eps);
+        for (values* v : {&q, &k}) std::transform(v->begin(), v->end(), v->begin(), kept);
+        const double write = kept(sigmoid(beta[at(h)]));
         double* S = state + h * K * V;
         const double alpha = std::exp(-std::exp(b.parameters[A_log][at(h)]) * softplus(a[at(h)] + b.parameters[dt_bias][at(h)]));
         values o(at(V), 0);
         for (index_t j = 0; j < V; ++j) {
           double read = 0;
           for (index_t i = 0; i < K; ++i) read += alpha * S[i * V + j] * k[at(i)];
-          const double delta = sigmoid(beta[at(h)]) * (p[at(2 * d.keys() + h * V + j)] - read);
+          const double delta = write * (p[at(2 * d.keys() + h * V + j)] - read);
           for (index_t i = 0; i < K; ++i) {
             S[i * V + j] = alpha * S[i * V + j] + k[at(i)] * delta;
             o[at(j)] += S[i * V + j] * q[at(i)] / std::sqrt(static_cast<double>(K));
@@ -80,8 +83,9 @@ layer_result layer_by_formulas(const layer_batch& b, bool initial) {
         double square = 0;
         for (const double v : o) square += v * v;
         for (index_t j = 0; j < V; ++j) {
-          normed[at(h * V + j)] = b.parameters[norm][at(j)] * o[at(j)] /
-                                  std::sqrt(square / static_cast<double>(V) + d.norm_eps) * silu(z[at(h * V + j)]);
+          normed[at(h * V + j)] = kept(b.parameters[norm][at(j)] * o[at(j)] /
+                                       std::sqrt(square / static_cast<double>(V) + d.norm_eps) *
+                                       silu(z[at(h * V + j)]));
         }
       }
       const values y = product(b.parameters[out_proj], normed);

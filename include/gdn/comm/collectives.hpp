@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
 #include <span>
+#include <type_traits>
 #include <vector>
 
 #include <gdn/comm/exchange_rows.hpp>
@@ -52,13 +54,20 @@ std::vector<V> share_value(Comm& comm, const V& mine, typename Comm::stream_type
 
 /// Compares the digests of all ranks' plans: 8 bytes each, once per plan. Communicators promise nothing when sizes
 /// differ, so this is where different masks, layouts or options are found.
+/// @tparam T the layer's type, which a plan does not know; with `void` it is not compared
 /// @throws metadata_error on *every* rank if any two differ
-template <communicator Comm>
+template <class T = void, communicator Comm>
 void check_same_plan(Comm& comm, const cp_plan& plan, typename Comm::stream_type s) {
-  const auto digests = detail::share_value(comm, plan.digest(), s);
+  detail::hasher h;
+  h.add(plan.digest());
+  if constexpr (!std::is_void_v<T>) {  // the bytes of a one are different in every floating type
+    const auto one = std::bit_cast<std::array<unsigned char, sizeof(T)>>(static_cast<T>(1.0F));
+    for (const unsigned char byte : one) h.add(byte);
+  }
+  const auto digests = detail::share_value(comm, h.value(), s);
   for (std::size_t r = 1; r < digests.size(); ++r) {
     expects<metadata_error>(digests[r] == digests[0], "the plans of ranks 0 and", r,
-                            "differ: they were made from different layouts, documents, sizes or options");
+                            "differ: they were made from different layouts, documents, sizes, types or options");
   }
 }
 

@@ -3,6 +3,7 @@
 /// @file  Carries out an exchange plan: rows of any width, one message per peer.
 
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include <gdn/concepts/backend.hpp>
@@ -37,6 +38,14 @@ std::vector<message_buffer<T, Memory>> message_buffers(const std::vector<run>& r
   return out;
 }
 
+/// The plan may be for another batch than the tensors.
+inline void expects_rows_of(const std::vector<run>& runs, index_t rows, std::string_view what) {
+  for (const run& r : runs) {
+    expects<shape_error>(0 <= r.local && r.count <= rows - r.local, "rows", r.local, "to", r.local + r.count,
+                         "are to be", what, ", the tensor has", rows);
+  }
+}
+
 template <class T, class Backend, class Comm, class Arrive>
 void exchange(const Backend& be, Comm& comm, const resident_exchange<typename Backend::memory_type>& ex,
               tensor_ref<const T, 2, typename Backend::memory_type> src, index_t width, bool add,
@@ -48,6 +57,8 @@ void exchange(const Backend& be, Comm& comm, const resident_exchange<typename Ba
     return t.stride(1) == 1 && t.extent(1) == width && (t.extent(0) <= 1 || t.stride(0) == width);
   };
   expects<shape_error>(gapless(src) && gapless(dst), "rows to be exchanged must be of one width, without gaps");
+  expects_rows_of(ex.plan.sends, src.extent(0), "sent");
+  expects_rows_of(ex.plan.recvs, dst.extent(0), "received");
   const scoped_mark scope(ws);
   const auto outgoing = message_buffers<T, memory>(ex.plan.sends, width, false, -1, ws);
   const auto incoming = message_buffers<T, memory>(ex.plan.recvs, width, add, comm.rank(), ws);
@@ -100,7 +111,8 @@ memory_requirement exchange_scratch(const exchange_plan& plan, index_t width, bo
 /// Moves rows of `src` [R, width] to rows of `dst` [R', width] on this and other ranks, as the plan says. A peer whose
 /// rows are one run is served straight from `src` and into `dst`; others are packed. Rows that no run names are left
 /// alone. Nothing happens, on no rank, where the plan is empty.
-/// Enqueued on the stream. @throws comm_error, workspace_error
+/// Enqueued on the stream. @throws shape_error if the plan names rows that the tensors do not have, comm_error,
+/// workspace_error
 template <class T, communicator Comm, class Backend>
   requires compatible<Backend, Comm> && row_ops<Backend, T>
 void exchange_rows(const Backend& be, Comm& comm, const resident_exchange<typename Backend::memory_type>& ex,

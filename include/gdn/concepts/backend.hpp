@@ -109,6 +109,37 @@ concept norm_ops = requires(const B& be, tensor_ref<const T, 3, typename B::memo
   be.gated_norm_backward(in, in, in, w, rstd_in, out, out, dw, ws, s);
 };
 
+/// The calls of a layer of type T in which not all tensors are of one type: weights, input and output are in T, what
+/// passes between operations in W = between_t<T, memory>. Each tensor's elements are rounded once, where it is written.
+template <class B, class T, class W = between_t<T, typename B::memory_type>>
+concept mixed_ops =
+    std::same_as<T, W> ||
+    (row_ops<B, W> && conv_ops<B, W> && gate_ops<B, W> && norm_ops<B, W> && gated_delta_rule<B, W> &&
+     requires(const B& be, tensor_ref<const T, 2, typename B::memory_type> narrow,
+              tensor_ref<T, 2, typename B::memory_type> narrow_out, tensor_ref<T, 3, typename B::memory_type> narrow3,
+              tensor_ref<const W, 2, typename B::memory_type> wide,
+              tensor_ref<const W, 3, typename B::memory_type> wide3,
+              tensor_ref<W, 2, typename B::memory_type> wide_out, tensor_ref<W, 3, typename B::memory_type> wide_out3,
+              tensor_ref<const conv_segment, 1, typename B::memory_type> segments,
+              tensor_ref<const std::int32_t, 1, typename B::memory_type> slots,
+              tensor_ref<const W, 1, typename B::memory_type> head, workspace<typename B::memory_type>& ws,
+              typename B::stream_type s) {
+       be.copy_rows(narrow, wide_out, s);
+       be.copy_rows(wide, narrow_out, s);
+       be.swap_axes(tensor_ref<const T, 3, typename B::memory_type>(narrow3), wide_out3, s);
+       be.swap_axes(wide3, narrow3, s);
+       be.linear_forward(narrow, narrow, wide_out, ws, s);
+       be.linear_backward_input(narrow, narrow, wide_out, false, ws, s);
+       be.linear_backward_input(wide, narrow, wide_out, true, ws, s);
+       be.linear_backward_weight(wide, narrow, wide_out, ws, s);
+       be.causal_conv1d_forward(segments, wide, wide, narrow, activation::silu, wide_out, s);
+       be.causal_conv1d_backward(segments, wide, wide, narrow, activation::silu, wide, wide_out, wide_out, wide_out, ws,
+                                 s);
+       be.causal_conv1d_step(wide, narrow3, slots, narrow, activation::silu, wide_out, s);
+       be.gates_forward(wide, wide, head, head, wide_out, narrow_out, s);
+       be.gated_norm_forward(wide3, wide3, head, 1e-6, narrow3, wide_out, s);
+     });
+
 /// The largest sizes with which a layer calls the operations.
 struct operation_sizes {
   index_t tokens = 0;      ///< L
@@ -138,7 +169,7 @@ concept backend = memory_kind<typename B::memory_type> && stream_handle<typename
                     be.upload(host, table, s);
                     { be.scratch(sizes) } -> std::same_as<memory_requirement>;
                   } && row_ops<B, T> && row_ops<B, accumulate_t<T>> && linear_ops<B, T> && conv_ops<B, T> &&
-                  gate_ops<B, T> && norm_ops<B, T> && gated_delta_rule<B, T>;
+                  gate_ops<B, T> && norm_ops<B, T> && gated_delta_rule<B, T> && mixed_ops<B, T>;
 
 /// A backend and a communicator that work on the same memory in the same order.
 template <class B, class C>

@@ -52,5 +52,12 @@ concept communicator =
       { comm.abort() } noexcept;
     };
 
+/// Optional: `synchronize(stream)` returns when the work of the stream is done. It throws comm_error where that work
+/// waits for a peer in vain, so it takes the place of a wait that knows nothing of peers.
+template <class C>
+concept waits_for_streams = communicator<C> && requires(C& comm, typename C::stream_type stream) {
+  { comm.synchronize(stream) } -> std::same_as<void>;
+};
+
 }  // namespace v0
 }  // namespace gdn

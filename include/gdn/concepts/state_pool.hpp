@@ -48,7 +48,8 @@ concept pool_steps = requires(const B& be, accumulate_t<T> scale,
 /// `causal_conv1d_step` takes them with any strides.
 template <class B, class T, class S>
 concept serving_backend =
-    backend<B, T> && state_ops<B, S, accumulate_t<T>> && state_ops<B, T, T> && pool_steps<B, T, S>;
+    backend<B, T> && state_ops<B, S, accumulate_t<T>> && state_ops<B, T, T> &&
+    pool_steps<B, between_t<T, typename B::memory_type>, S>;
 
 }  // namespace v0
 }  // namespace gdn

@@ -3,6 +3,7 @@
 /// @file  Errors that name the value, the place and the rule.
 
 #include <concepts>
+#include <cstddef>
 #include <optional>
 #include <source_location>
 #include <stdexcept>
@@ -73,13 +74,23 @@ template <class V>
 void append(std::string& out, V v) {
   out += std::to_string(v);
 }
+
+/// True for text in the code, not for values of strings, that begins with punctuation.
+template <class V>
+constexpr bool is_punctuation(const V&) {
+  return false;
+}
+template <std::size_t N>
+constexpr bool is_punctuation(const char (&text)[N]) {
+  return std::string_view(",.:;)").find(text[0]) != std::string_view::npos;
+}
 }  // namespace detail
 
-/// Joins words and numbers with single spaces. (g++ 12 has no <format>.)
+/// Joins words and numbers with single spaces, and punctuation with none before it. (g++ 12 has no <format>.)
 template <class... Parts>
 std::string say(const Parts&... parts) {
   std::string out;
-  ((out.empty() ? void() : void(out += ' '), detail::append(out, parts)), ...);
+  ((out.empty() || detail::is_punctuation(parts) ? void() : void(out += ' '), detail::append(out, parts)), ...);
   return out;
 }
 

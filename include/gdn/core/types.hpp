@@ -34,7 +34,14 @@ concept memory_kind = requires {
 template <class T>
 using accumulate_t = std::conditional_t<std::same_as<T, double>, double, float>;
 
+/// The type of what passes from one operation of a layer to the next. On the host, sums are `float` at least and so is
+/// what they are stored in: a 16-bit layer rounds its weights, input and output, what stands in `delta_rule_inputs`,
+/// and nothing between. On a device these tensors are most of the traffic, and stay as narrow as the layer.
+template <class T, memory_kind Memory>
+using between_t = std::conditional_t<Memory::host_accessible, accumulate_t<T>, T>;
+
 static_assert(std::same_as<accumulate_t<double>, double> && std::same_as<accumulate_t<float>, float>);
+static_assert(std::same_as<between_t<double, host_memory>, double>);
 
 }  // namespace v0
 }  // namespace gdn

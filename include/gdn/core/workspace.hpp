@@ -43,10 +43,11 @@ class workspace {
 
   constexpr bool measuring() const noexcept { return !real_; }
 
-  /// The next `extents` elements of T, row-major.
+  /// The next `extents` elements of T, row-major. @throws shape_error if an extent is negative
   template <class T, class... N>
   tensor_ref<T, static_cast<int>(sizeof...(N)), Memory> take(N... extents) {
     static_assert(std::is_trivially_copyable_v<T>);
+    (expects<shape_error>(extents >= 0, "a tensor of a workspace cannot have extent", extents), ...);
     auto t = make_tensor<Memory>(static_cast<T*>(nullptr), extents...);
     const std::size_t need = static_cast<std::size_t>(t.size()) * sizeof(T);
     const std::size_t after = used_ + (need + alignment - 1) / alignment * alignment;

@@ -3,6 +3,7 @@
 /// @file  The causal convolution over a sequence that is split over ranks: its history, forward and backward.
 
 #include <algorithm>
+#include <type_traits>
 
 #include <gdn/comm/exchange_rows.hpp>
 #include <gdn/concepts/backend.hpp>
@@ -34,12 +35,13 @@ tensor_ref<T, 3, Memory> state_matrices(tensor_ref<T, 2, Memory> buffer, index_t
 /// @param initial [plan.entering, D, W] if the plan was made with `initial_state`
 /// @param halo    [plan.halo.rows(), D] written: what causal_conv1d_forward reads, then the final states, as rows
 /// @param final_  [plan.leaving, D, W] written if the plan was made with `final_state`
-template <class T, communicator Comm, class Backend>
-  requires compatible<Backend, Comm> && row_ops<Backend, T>
+/// States are of type T or of the type of the rows, X.
+template <class X, class T, communicator Comm, class Backend>
+  requires compatible<Backend, Comm> && row_ops<Backend, X>
 void fetch_history(const Backend& be, Comm& comm, const resident_plan<typename Backend::memory_type>& plan,
-                   tensor_ref<T, 2, typename Backend::memory_type> x,
-                   tensor_ref<const T, 3, typename Backend::memory_type> initial,
-                   tensor_ref<T, 2, typename Backend::memory_type> halo,
+                   tensor_ref<X, 2, typename Backend::memory_type> x,
+                   std::type_identity_t<tensor_ref<const T, 3, typename Backend::memory_type>> initial,
+                   tensor_ref<X, 2, typename Backend::memory_type> halo,
                    tensor_ref<T, 3, typename Backend::memory_type> final_,
                    workspace<typename Backend::memory_type>& ws, typename Backend::stream_type s) {
   using memory = typename Backend::memory_type;
@@ -49,9 +51,9 @@ void fetch_history(const Backend& be, Comm& comm, const resident_plan<typename B
     be.swap_axes(initial, detail::state_matrices(x, plan.host.compute_rows, h.state_rows, W), s);
   }
   if (h.rows() > 0) be.fill_zero(halo, s);
-  exchange_rows<T>(be, comm, plan.halo, x, halo, ws, s);
+  exchange_rows<X>(be, comm, plan.halo, x, halo, ws, s);
   if (h.tail_rows > 0) {
-    be.swap_axes(tensor_ref<const T, 3, memory>(detail::state_matrices(halo, h.halo_rows, h.tail_rows, W)), final_, s);
+    be.swap_axes(tensor_ref<const X, 3, memory>(detail::state_matrices(halo, h.halo_rows, h.tail_rows, W)), final_, s);
   }
 }
 
@@ -62,12 +64,12 @@ void fetch_history(const Backend& be, Comm& comm, const resident_plan<typename B
 /// @param d_final   [plan.leaving, D, W] what arrives at final states; zero if empty
 /// @param dx        [L + plan.halo.state_rows, D]; the first L rows are added to
 /// @param d_initial [plan.entering, D, W] written unless empty
-template <class T, communicator Comm, class Backend>
-  requires compatible<Backend, Comm> && row_ops<Backend, T>
+template <class X, class T, communicator Comm, class Backend>
+  requires compatible<Backend, Comm> && row_ops<Backend, X>
 void return_history(const Backend& be, Comm& comm, const resident_plan<typename Backend::memory_type>& plan,
-                    tensor_ref<T, 2, typename Backend::memory_type> d_halo,
-                    tensor_ref<const T, 3, typename Backend::memory_type> d_final,
-                    tensor_ref<T, 2, typename Backend::memory_type> dx,
+                    tensor_ref<X, 2, typename Backend::memory_type> d_halo,
+                    std::type_identity_t<tensor_ref<const T, 3, typename Backend::memory_type>> d_final,
+                    tensor_ref<X, 2, typename Backend::memory_type> dx,
                     tensor_ref<T, 3, typename Backend::memory_type> d_initial,
                     workspace<typename Backend::memory_type>& ws, typename Backend::stream_type s) {
   using memory = typename Backend::memory_type;
@@ -82,9 +84,9 @@ void return_history(const Backend& be, Comm& comm, const resident_plan<typename 
     }
   }
   if (h.state_rows > 0) be.fill_zero(rows(dx, L, h.state_rows), s);
-  exchange_rows_add<T>(be, comm, plan.halo_adjoint, d_halo, dx, ws, s);
+  exchange_rows_add<X>(be, comm, plan.halo_adjoint, d_halo, dx, ws, s);
   if (h.state_rows > 0 && d_initial.data() != nullptr) {
-    be.swap_axes(tensor_ref<const T, 3, memory>(detail::state_matrices(dx, L, h.state_rows, W)), d_initial, s);
+    be.swap_axes(tensor_ref<const X, 3, memory>(detail::state_matrices(dx, L, h.state_rows, W)), d_initial, s);
   }
 }
 
@@ -108,7 +110,7 @@ void causal_conv1d(const Backend& be, Comm& comm, const resident_plan<typename B
                    tensor_ref<T, 2, typename Backend::memory_type> y,
                    tensor_ref<T, 3, typename Backend::memory_type> final_,
                    workspace<typename Backend::memory_type>& ws, typename Backend::stream_type s) {
-  fetch_history<T>(be, comm, plan, x, initial, halo, final_, ws, s);
+  fetch_history(be, comm, plan, x, initial, halo, final_, ws, s);
   be.causal_conv1d_forward(plan.conv_segments, rows(x, 0, plan.host.compute_rows), halo, w, act, y, s);
 }
 
@@ -119,22 +121,23 @@ void causal_conv1d(const Backend& be, Comm& comm, const resident_plan<typename B
 /// @param dx     [L + plan.halo.state_rows, D]; the first L rows are the gradient
 /// @param d_halo [plan.halo.rows(), D] scratch
 /// @param dw     [D, W] in accumulate_t, added to: a sum over this rank's rows
-template <class T, communicator Comm, class Backend>
-  requires compatible<Backend, Comm> && row_ops<Backend, T> && conv_ops<Backend, T>
+/// Rows are of type X; w and states are of the same type, or of a narrower T.
+template <class X, class T, communicator Comm, class Backend>
+  requires compatible<Backend, Comm> && row_ops<Backend, X> && conv_ops<Backend, X>
 void causal_conv1d_backward(const Backend& be, Comm& comm, const resident_plan<typename Backend::memory_type>& plan,
-                            tensor_ref<const T, 2, typename Backend::memory_type> x,
-                            tensor_ref<const T, 2, typename Backend::memory_type> halo,
+                            std::type_identity_t<tensor_ref<const X, 2, typename Backend::memory_type>> x,
+                            std::type_identity_t<tensor_ref<const X, 2, typename Backend::memory_type>> halo,
                             tensor_ref<const T, 2, typename Backend::memory_type> w, activation act,
-                            tensor_ref<const T, 2, typename Backend::memory_type> dy,
-                            tensor_ref<const T, 3, typename Backend::memory_type> d_final,
-                            tensor_ref<T, 2, typename Backend::memory_type> dx,
-                            tensor_ref<T, 2, typename Backend::memory_type> d_halo,
-                            tensor_ref<accumulate_t<T>, 2, typename Backend::memory_type> dw,
+                            std::type_identity_t<tensor_ref<const X, 2, typename Backend::memory_type>> dy,
+                            std::type_identity_t<tensor_ref<const T, 3, typename Backend::memory_type>> d_final,
+                            tensor_ref<X, 2, typename Backend::memory_type> dx,
+                            tensor_ref<X, 2, typename Backend::memory_type> d_halo,
+                            tensor_ref<accumulate_t<X>, 2, typename Backend::memory_type> dw,
                             tensor_ref<T, 3, typename Backend::memory_type> d_initial,
                             workspace<typename Backend::memory_type>& ws, typename Backend::stream_type s) {
   const index_t L = plan.host.compute_rows;
   be.causal_conv1d_backward(plan.conv_segments, rows(x, 0, L), halo, w, act, dy, rows(dx, 0, L), d_halo, dw, ws, s);
-  return_history<T>(be, comm, plan, d_halo, d_final, dx, d_initial, ws, s);
+  return_history(be, comm, plan, d_halo, d_final, dx, d_initial, ws, s);
 }
 
 }  // namespace cp

@@ -2,6 +2,8 @@
 #pragma once
 /// @file  The backward pass of a layer on one rank: the steps of forward, transposed, from the last to the first.
 
+#include <concepts>
+
 #include <gdn/layer/steps.hpp>
 
 namespace gdn {
@@ -13,14 +15,17 @@ namespace detail {
 template <class T, memory_kind Memory>
 struct backward_buffers {
   using A = accumulate_t<T>;
+  using W = between_t<T, Memory>;
   tensor_ref<T, 2, Memory> dys, dxs;         // [L, hid], or nothing where the caller's layout is the compute order
-  tensor_ref<T, 2, Memory> n, dn, d_o, dz;   // [L, Hv V]
-  tensor_ref<T, 3, Memory> dq, dk;           // [L, Hk, K] of the unit vectors
-  tensor_ref<T, 2, Memory> d_convolved;      // [L, Dc]
+  tensor_ref<W, 2, Memory> sum;              // [L, hid], or nothing where dxs is of this type
+  tensor_ref<T, 2, Memory> n;                // [L, Hv V]
+  tensor_ref<W, 2, Memory> dn, d_o, dz;      // [L, Hv V]
+  tensor_ref<W, 3, Memory> dq, dk;           // [L, Hk, K] of the unit vectors
+  tensor_ref<W, 2, Memory> d_convolved;      // [L, Dc]
   tensor_ref<A, 2, Memory> dg, d_beta;       // [L, Hv]
-  tensor_ref<T, 2, Memory> da, db;           // [L, Hv]
-  tensor_ref<T, 2, Memory> dqkv;             // [L + state rows, Dc]
-  tensor_ref<T, 2, Memory> d_halo;           // [halo rows + tail rows, Dc]
+  tensor_ref<W, 2, Memory> da, db;           // [L, Hv]
+  tensor_ref<W, 2, Memory> dqkv;             // [L + state rows, Dc]
+  tensor_ref<W, 2, Memory> d_halo;           // [halo rows + tail rows, Dc]
 
   static backward_buffers take(workspace<Memory>& ws, const layer_dims& d, const cp_plan& p) {
     const index_t L = p.compute_rows;
@@ -28,19 +33,20 @@ struct backward_buffers {
     backward_buffers b;
     b.dys = ws.template take<T>(moved, d.hidden);
     b.dxs = ws.template take<T>(moved, d.hidden);
+    b.sum = ws.template take<W>(std::same_as<T, W> ? 0 : L, d.hidden);
     b.n = ws.template take<T>(L, d.values());
-    b.dn = ws.template take<T>(L, d.values());
-    b.d_o = ws.template take<T>(L, d.values());
-    b.dz = ws.template take<T>(L, d.values());
-    b.dq = ws.template take<T>(L, d.key_heads, d.key_dim);
-    b.dk = ws.template take<T>(L, d.key_heads, d.key_dim);
-    b.d_convolved = ws.template take<T>(L, d.channels());
+    b.dn = ws.template take<W>(L, d.values());
+    b.d_o = ws.template take<W>(L, d.values());
+    b.dz = ws.template take<W>(L, d.values());
+    b.dq = ws.template take<W>(L, d.key_heads, d.key_dim);
+    b.dk = ws.template take<W>(L, d.key_heads, d.key_dim);
+    b.d_convolved = ws.template take<W>(L, d.channels());
     b.dg = ws.template take<A>(L, d.value_heads);
     b.d_beta = ws.template take<A>(L, d.value_heads);
-    b.da = ws.template take<T>(L, d.value_heads);
-    b.db = ws.template take<T>(L, d.value_heads);
-    b.dqkv = ws.template take<T>(L + p.halo.state_rows, d.channels());
-    b.d_halo = ws.template take<T>(p.halo.rows(), d.channels());
+    b.da = ws.template take<W>(L, d.value_heads);
+    b.db = ws.template take<W>(L, d.value_heads);
+    b.dqkv = ws.template take<W>(L + p.halo.state_rows, d.channels());
+    b.d_halo = ws.template take<W>(p.halo.rows(), d.channels());
     return b;
   }
 };
@@ -51,7 +57,7 @@ void rebuild(const Backend& be, const gated_delta_net<T, Memory>& layer, const r
              const activations<T, Memory>& act, keep_policy policy, tensor_ref<T, 2, Memory> n, workspace<Memory>& ws,
              typename Backend::stream_type s) {
   const layer_dims& d = layer.dims;
-  const auto problem = rule_problem<T>(d.key_heads, plan);
+  const auto problem = layer_problem<T>(d, plan);
   const bool all = policy != keep_policy::everything;
   if (all) project_in(be, layer, act, ws, s);
   prologue<T>(be, layer, plan, act, s);
@@ -69,42 +75,53 @@ void backward(const Backend& be, Comm& comm, const gated_delta_net<T, Memory>& l
               const state_gradients<T, Memory>& states, const layer_gradients<T, Memory>& grad,
               const activations<T, Memory>& act, keep_policy policy, workspace<Memory>& ws,
               typename Backend::stream_type s) {
-  using view2 = tensor_ref<const T, 2, Memory>;
-  using view3 = tensor_ref<const T, 3, Memory>;
+  using W = between_t<T, Memory>;
+  using view2 = tensor_ref<const W, 2, Memory>;
+  using view3 = tensor_ref<const W, 3, Memory>;
+  using narrow = tensor_ref<const T, 2, Memory>;  // what products read beside weights and inputs
   const layer_dims& d = layer.dims;
   const cp_plan& p = plan.host;
   const auto g = backward_buffers<T, Memory>::take(ws, d, p);
+  const auto in = act.rule_inputs(d);
   const auto heads = [&](const auto& t) { return split_columns(t, d.value_heads, d.value_dim); };  // [L, Hv, V]
   const auto key_columns = [&](const auto& t, index_t i) {                                          // [L, Hk, K]
     return split_columns(columns(t, i * d.keys(), d.keys()), d.key_heads, d.key_dim);
   };
   const auto d_v = heads(columns(g.d_convolved, 2 * d.keys(), d.values()));
   const auto dxs = p.undo_is_identity() ? dx : g.dxs;
+  const auto sum = [&] {
+    if constexpr (std::same_as<T, W>) {
+      return dxs;
+    } else {
+      return g.sum;
+    }
+  }();
 
   rebuild<T>(be, layer, plan, act, policy, g.n, ws, s);
-  const view2 dys = undo<T>(be, comm, plan, dy, g.dys, ws, s);                                       // [L, hid]
-  be.linear_backward_weight(dys, view2(g.n), grad.out_proj, ws, s);
+  const narrow dys = undo<T>(be, comm, plan, dy, g.dys, ws, s);                                      // [L, hid]
+  be.linear_backward_weight(dys, narrow(g.n), grad.out_proj, ws, s);
   be.linear_backward_input(dys, layer.weights.out_proj, g.dn, false, ws, s);                             // [L, Hv V]
   be.gated_norm_backward(heads(view2(g.dn)), heads(view2(act.o)), heads(view2(act.z)), layer.weights.norm, act.rstd_o,
                          heads(g.d_o), heads(g.dz), grad.norm, ws, s);
-  cp::gated_delta_rule_backward<T>(be, comm, plan, act.rule_inputs(d), heads(view2(g.d_o)), states.final_,
+  cp::gated_delta_rule_backward<W>(be, comm, plan, in, heads(view2(g.d_o)), states.final_,
                                    {g.dq, g.dk, d_v, g.dg, g.d_beta}, states.initial, act.rule, ws, s);
   be.gates_backward(g.dg, g.d_beta, act.a, act.b, layer.weights.A_log, layer.weights.dt_bias, g.da, g.db, grad.A_log,
                     grad.dt_bias, ws, s);                                                                // [L, Hv]
-  be.l2norm_backward(view3(g.dq), view3(act.q), act.rstd_q, key_columns(g.d_convolved, 0), s);
-  be.l2norm_backward(view3(g.dk), view3(act.k), act.rstd_k, key_columns(g.d_convolved, 1), s);
-  cp::causal_conv1d_backward<T>(be, comm, plan, act.qkv, act.halo, layer.weights.conv1d, activation::silu,
-                                g.d_convolved, states.final_conv, g.dqkv, g.d_halo, grad.conv1d, states.initial_conv,
-                                ws, s);                                                              // [L, Dc]
+  be.l2norm_backward(view3(g.dq), in.q, act.rstd_q, key_columns(g.d_convolved, 0), s);
+  be.l2norm_backward(view3(g.dk), in.k, act.rstd_k, key_columns(g.d_convolved, 1), s);
+  cp::causal_conv1d_backward(be, comm, plan, act.qkv, act.halo, layer.weights.conv1d, activation::silu, g.d_convolved,
+                             states.final_conv, g.dqkv, g.d_halo, grad.conv1d, states.initial_conv, ws,
+                             s);                                                                     // [L, Dc]
   const view2 dqkv = rows(g.dqkv, 0, p.compute_rows);
   be.linear_backward_weight(dqkv, act.xs, grad.in_proj_qkv, ws, s);
   be.linear_backward_weight(view2(g.dz), act.xs, grad.in_proj_z, ws, s);
   be.linear_backward_weight(view2(g.db), act.xs, grad.in_proj_b, ws, s);
   be.linear_backward_weight(view2(g.da), act.xs, grad.in_proj_a, ws, s);
-  be.linear_backward_input(dqkv, layer.weights.in_proj_qkv, dxs, false, ws, s);                          // [L, hid]
-  be.linear_backward_input(view2(g.dz), layer.weights.in_proj_z, dxs, true, ws, s);
-  be.linear_backward_input(view2(g.db), layer.weights.in_proj_b, dxs, true, ws, s);
-  be.linear_backward_input(view2(g.da), layer.weights.in_proj_a, dxs, true, ws, s);
+  be.linear_backward_input(dqkv, layer.weights.in_proj_qkv, sum, false, ws, s);                          // [L, hid]
+  be.linear_backward_input(view2(g.dz), layer.weights.in_proj_z, sum, true, ws, s);
+  be.linear_backward_input(view2(g.db), layer.weights.in_proj_b, sum, true, ws, s);
+  be.linear_backward_input(view2(g.da), layer.weights.in_proj_a, sum, true, ws, s);
+  if constexpr (!std::same_as<T, W>) be.copy_rows(sum, dxs, s);                                      // rounded once
   redo<T>(be, comm, plan, dxs, dx, ws, s);                                                           // caller's layout
 }
 
@@ -143,7 +160,7 @@ void backward(const Backend& be, Comm& comm, const gated_delta_net<T, typename B
 
   const scoped_mark scope(ws);
   activations<T, memory> act = tape.values;
-  act.take_rest(ws, layer.dims, plan.host, be.delta_rule_prepared(rule_problem<T>(layer.dims.key_heads, plan)),
+  act.take_rest(ws, layer.dims, plan.host, be.delta_rule_prepared(detail::layer_problem<T>(layer.dims, plan)),
                 tape.policy);
   detail::backward<T>(be, comm, layer, plan, in, out, states, grad, act, tape.policy, ws, s);
 }

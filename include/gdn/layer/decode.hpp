@@ -18,22 +18,9 @@ namespace detail {
 
 template <class T, memory_kind Memory>
 activations<T, Memory> decode_buffers(workspace<Memory>& ws, const layer_dims& d, index_t n) {
-  using A = accumulate_t<T>;
   activations<T, Memory> act;
-  act.qkv = ws.template take<T>(n, d.channels());
-  act.z = ws.template take<T>(n, d.values());
-  act.b = ws.template take<T>(n, d.value_heads);
-  act.a = ws.template take<T>(n, d.value_heads);
-  act.o = ws.template take<T>(n, d.values());
-  act.rstd_o = ws.template take<A>(n, d.value_heads);
-  act.keys = ws.template take<A>(n, 2 * d.keys());
-  act.v = ws.template take<T>(n, d.values());
-  act.q = ws.template take<T>(n, d.key_heads, d.key_dim);
-  act.k = ws.template take<T>(n, d.key_heads, d.key_dim);
-  act.rstd_q = ws.template take<A>(n, d.key_heads);
-  act.rstd_k = ws.template take<A>(n, d.key_heads);
-  act.g = ws.template take<A>(n, d.value_heads);
-  act.beta = ws.template take<T>(n, d.value_heads);
+  act.take_projections(ws, d, n, n);
+  act.take_cheap(ws, d, n);
   return act;
 }
 
@@ -52,6 +39,7 @@ void step(const Backend& be, const gated_delta_net<T, Memory>& layer, const acti
   convolve(2 * d.keys(), act.v);
   normalise_keys(be, d, act, s);
   be.gates_forward(act.a, act.b, layer.weights.A_log, layer.weights.dt_bias, act.g, act.beta, s);
+  widen_inputs(be, act, s);
   be.delta_rule_step(static_cast<accumulate_t<T>>(1.0 / std::sqrt(static_cast<double>(d.key_dim))), act.rule_inputs(d),
                      pool.recurrent, slots, split_columns(act.o, d.value_heads, d.value_dim), s);
 }
@@ -77,7 +65,7 @@ memory_requirement decode_requirement(const Backend& be, const layer_dims& d, in
 ///              finite; serve() reads no such row)
 /// The same numbers as one more token of forward(), up to rounding. Enqueued on `s`.
 template <class T, class Backend, tensor_like X, tensor_like Y, class StateT = accumulate_t<T>>
-  requires backend<Backend, T> && pool_steps<Backend, T, StateT>
+  requires backend<Backend, T> && pool_steps<Backend, between_t<T, typename Backend::memory_type>, StateT>
 void decode_step(const Backend& be, const gated_delta_net<T, typename Backend::memory_type>& layer, const X& x,
                  const Y& y, const state_pool<T, StateT, typename Backend::memory_type>& state,
                  tensor_ref<const std::int32_t, 1, typename Backend::memory_type> slots,

@@ -35,10 +35,10 @@ void forward(const Backend& be, Comm& comm, const gated_delta_net<T, Memory>& la
 
   act.xs = undo<T>(be, comm, plan, x, act.moved, ws, s);                                             // [L, hid]
   project_in(be, layer, act, ws, s);                                                                 // qkv | z | b | a
-  fetch_history<T>(be, comm, plan, act.qkv, states.initial_conv, act.halo, states.final_conv, ws, s);  // [., Dc]
+  fetch_history(be, comm, plan, act.qkv, states.initial_conv, act.halo, states.final_conv, ws, s);   // [., Dc]
   prologue<T>(be, layer, plan, act, s);                                                              // q, k, v, g, beta
-  cp::gated_delta_rule<T>(be, comm, plan, act.rule_inputs(d), states.initial, o, states.final_, act.rule, ws,
-                          s);                                                                        // [L, Hv, V]
+  cp::gated_delta_rule<between_t<T, Memory>>(be, comm, plan, act.rule_inputs(d), states.initial, o, states.final_,
+                                             act.rule, ws, s);                                       // [L, Hv, V]
   epilogue<T>(be, layer, act, buffer.n, s);                                                          // [L, Hv V]
   be.linear_forward(buffer.n, layer.weights.out_proj, ys, ws, s);                                    // [L, hid]
   redo<T>(be, comm, plan, ys, y, ws, s);                                                             // caller's layout
@@ -76,7 +76,7 @@ void forward(const Backend& be, Comm& comm, const gated_delta_net<T, typename Ba
   const scoped_mark scope(ws);
   tape.digest = 0;
   activations<T, memory> act = tape.values;
-  act.take_rest(ws, layer.dims, plan.host, be.delta_rule_prepared(rule_problem<T>(layer.dims.key_heads, plan)),
+  act.take_rest(ws, layer.dims, plan.host, be.delta_rule_prepared(detail::layer_problem<T>(layer.dims, plan)),
                 tape.policy);
   detail::forward<T>(be, comm, layer, plan, in, out, states, act, ws, s);
   tape.values.xs = act.xs;

@@ -18,7 +18,7 @@ struct gated_delta_net {
 
 /// The sizes that a plan for this layer depends on. @param chunk tokens per chunk of the delta rule
 constexpr plan_shape shape_of(const layer_dims& d, index_t chunk = 64) noexcept {
-  return {d.conv_width, {d.value_heads, d.key_dim, d.value_dim}, chunk};
+  return {d.conv_width, {d.value_heads, d.key_dim, d.value_dim}, chunk, d.hidden};
 }
 
 /// Plans a batch for a layer: see plan_context_parallel.
@@ -36,6 +36,8 @@ void check_layer(const gated_delta_net<T, Memory>& layer, const cp_plan& plan) {
   const plan_shape want = shape_of(layer.dims, plan.shape.chunk);
   expects<metadata_error>(plan.shape.conv_width == want.conv_width, "the plan is for conv width", plan.shape.conv_width,
                           ", the layer has", want.conv_width);
+  expects<metadata_error>(plan.shape.hidden == want.hidden, "the plan is for hid", plan.shape.hidden,
+                          ", the layer has", want.hidden);
   expects<metadata_error>(plan.shape.summary == want.summary && plan.conv_channels == layer.dims.channels(),
                           "the plan is for", plan.shape.summary.heads, "value heads of", plan.shape.summary.key_dim,
                           "x", plan.shape.summary.value_dim, "and", plan.conv_channels,

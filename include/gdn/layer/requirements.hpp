@@ -26,7 +26,8 @@ layer_requirements requirements(const Backend& be, const layer_dims& d,
                                 const resident_plan<typename Backend::memory_type>& plan, keep_policy policy) {
   using memory = typename Backend::memory_type;
   const cp_plan& p = plan.host;
-  const index_t prepared = be.delta_rule_prepared(rule_problem<T>(d.key_heads, plan));
+  using W = between_t<T, memory>;
+  const index_t prepared = be.delta_rule_prepared(detail::layer_problem<T>(d, plan));
   const auto with_scratch = [](workspace<memory>& ws, std::initializer_list<memory_requirement> calls) {
     std::size_t most = 0;
     for (const memory_requirement& r : calls) most = std::max(most, r.bytes);
@@ -34,8 +35,8 @@ layer_requirements requirements(const Backend& be, const layer_dims& d,
     return ws.peak();
   };
   const auto moves = [&](const exchange_plan& e) { return exchange_scratch<T, memory>(e, d.hidden, false, p.rank); };
-  const auto scratch = {moves(p.undo), moves(p.redo), history_scratch<T, memory>(p, d.channels()),
-                        rule_scratch<T>(be, d.key_heads, plan), be.scratch(detail::sizes_of(d, p.compute_rows))};
+  const auto scratch = {moves(p.undo), moves(p.redo), history_scratch<W, memory>(p, d.channels()),
+                        rule_scratch<W>(be, d.key_heads, plan), be.scratch(detail::sizes_of(d, p.compute_rows))};
 
   layer_requirements out;
   workspace<memory> tape;
@@ -54,6 +55,21 @@ layer_requirements requirements(const Backend& be, const layer_dims& d,
   detail::backward_buffers<T, memory>::take(backward, d, p);
   out.backward = with_scratch(backward, scratch);
   return out;
+}
+
+/// Bytes that the plan's rank receives in forward() of a layer of type T.
+template <class T, memory_kind Memory = host_memory>
+traffic forward_traffic(const layer_dims& d, const cp_plan& plan) {
+  traffic t = plan.forward_traffic(d.hidden, sizeof(T), sizeof(accumulate_t<T>));
+  t.halo = plan.forward_traffic(d.hidden, sizeof(between_t<T, Memory>), sizeof(accumulate_t<T>)).halo;
+  return t;
+}
+/// The same of backward().
+template <class T, memory_kind Memory = host_memory>
+traffic backward_traffic(const layer_dims& d, const cp_plan& plan) {
+  traffic t = plan.backward_traffic(d.hidden, sizeof(T), sizeof(accumulate_t<T>));
+  t.halo = plan.backward_traffic(d.hidden, sizeof(between_t<T, Memory>), sizeof(accumulate_t<T>)).halo;
+  return t;
 }
 
 }  // namespace v0

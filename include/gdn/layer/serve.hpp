@@ -193,7 +193,7 @@ struct serving_buffers {
       b.act = decode_buffers<T>(ws, d, p.compute_rows);
       b.act.moved = ws.template take<T>(moved, d.hidden);
     } else {
-      b.act.take_rest(ws, d, p, be.delta_rule_prepared(rule_problem<T>(d.key_heads, batch.stream)),
+      b.act.take_rest(ws, d, p, be.delta_rule_prepared(layer_problem<T>(d, batch.stream)),
                       keep_policy::nothing);
       b.conv = ws.template take<T>(p.entering_states, d.channels(), d.conv_width);
       b.ht = ws.template take<accumulate_t<T>>(p.entering_states, d.value_heads, d.key_dim, d.value_dim);
@@ -212,14 +212,14 @@ void serve_stream(const Backend& be, const gated_delta_net<T, Memory>& layer, co
                   typename Backend::stream_type s) {
   const layer_dims& d = layer.dims;
   const activations<T, Memory>& act = b.act;
-  const auto problem = rule_problem<T>(d.key_heads, batch.stream);
+  const auto problem = layer_problem<T>(d, batch.stream);
   const auto in = act.rule_inputs(d);
   no_ranks<Backend> alone;
 
   be.load_states(read_only(as_states(pool.conv)), batch.reads, as_states(b.conv), s);   // [N, Dc, W]
   be.load_states(read_only(pool.recurrent), batch.reads, act.rule.h0, s);               // [N, Hv, K, V]
   // The states before are read before those after are written, so they share a buffer.
-  fetch_history<T>(be, alone, batch.stream, act.qkv, b.conv, act.halo, b.conv, ws, s);  // [., Dc]
+  fetch_history(be, alone, batch.stream, act.qkv, read_only(b.conv), act.halo, b.conv, ws, s);  // [., Dc]
   prologue<T>(be, layer, batch.stream, act, s);                                         // q, k, v, g, beta
   be.delta_rule_prepare(problem, in, act.rule.prepared, s);
   be.delta_rule_forward(problem, in, act.rule.prepared, act.rule.h0, split_columns(act.o, d.value_heads, d.value_dim),
@@ -244,8 +244,8 @@ memory_requirement serve_requirement(const Backend& be, const layer_dims& d,
     scratch = std::max(scratch, exchange_scratch<T, memory>(*e, d.hidden, false, 0).bytes);
   }
   if (!batch.host.steps) {
-    scratch = std::max({scratch, history_scratch<T, memory>(p, d.channels()).bytes,
-                        be.delta_rule_scratch(rule_problem<T>(d.key_heads, batch.stream)).bytes});
+    scratch = std::max({scratch, history_scratch<between_t<T, memory>, memory>(p, d.channels()).bytes,
+                        be.delta_rule_scratch(detail::layer_problem<T>(d, batch.stream)).bytes});
   }
   measure.template take<std::byte>(static_cast<index_t>(scratch));
   return measure.peak();

@@ -35,6 +35,19 @@ void normalise_keys(const Backend& be, const layer_dims& d, const activations<T,
   be.l2norm_forward(split_columns(columns(keys, d.keys(), d.keys()), d.key_heads, d.key_dim), d.l2_eps, act.k,
                     act.rstd_k, s);
 }
+
+/// The rounded q, k and beta in the type in which the delta rule is computed.
+template <class T, class Backend, memory_kind Memory>
+void widen_inputs(const Backend& be, const activations<T, Memory>& act, typename Backend::stream_type s) {
+  if constexpr (activations<T, Memory>::wide) {
+    const auto rows_of = [](const auto& t) {
+      return make_tensor<Memory>(t.data(), t.extent(0), t.extent(1) * t.extent(2));
+    };
+    be.copy_rows(rows_of(act.q), rows_of(act.wide_q), s);
+    be.copy_rows(rows_of(act.k), rows_of(act.wide_k), s);
+    be.copy_rows(act.beta, act.wide_beta, s);
+  }
+}
 }  // namespace detail
 
 /// qkv, halo, b, a -> q, k (unit length), v, g, beta.
@@ -45,7 +58,7 @@ void prologue(const Backend& be, const gated_delta_net<T, typename Backend::memo
   if constexpr (has_fused_prologue<Backend, T>) {
     be.prologue(layer, plan, act, s);
   } else {
-    using view = tensor_ref<const T, 2, typename Backend::memory_type>;
+    using view = tensor_ref<const between_t<T, typename Backend::memory_type>, 2, typename Backend::memory_type>;
     const layer_dims& d = layer.dims;
     const view qkv = rows(act.qkv, 0, plan.host.compute_rows);  // [L, Dc]
     const auto convolve = [&](index_t begin, const auto& y) {
@@ -57,6 +70,7 @@ void prologue(const Backend& be, const gated_delta_net<T, typename Backend::memo
     convolve(2 * d.keys(), act.v);
     detail::normalise_keys(be, d, act, s);
     be.gates_forward(act.a, act.b, layer.weights.A_log, layer.weights.dt_bias, act.g, act.beta, s);
+    detail::widen_inputs(be, act, s);
   }
 }
 
@@ -68,7 +82,7 @@ void epilogue(const Backend& be, const gated_delta_net<T, typename Backend::memo
   if constexpr (has_fused_epilogue<Backend, T>) {
     be.epilogue(layer, act, n, s);
   } else {
-    using view = tensor_ref<const T, 2, typename Backend::memory_type>;
+    using view = tensor_ref<const between_t<T, typename Backend::memory_type>, 2, typename Backend::memory_type>;
     const layer_dims& d = layer.dims;
     be.gated_norm_forward(split_columns(view(act.o), d.value_heads, d.value_dim),
                           split_columns(view(act.z), d.value_heads, d.value_dim), layer.weights.norm, d.norm_eps,

@@ -22,7 +22,8 @@ inline namespace v0 {
 
 enum class strategy : std::uint8_t {
   reshard,  ///< undo the load balancing, run on contiguous pieces, redo: activations travel, one summary per rank
-  in_place  ///< run on the pieces where they are: no activation travels, more summaries
+  in_place  ///< run on the pieces where they are: no activation travels, but a summary for each; many pieces may fall
+            ///< back to reshard, see cp_plan::strategy
 };
 
 /// The sizes of the layer that a plan depends on.
@@ -30,6 +31,7 @@ struct plan_shape {
   index_t conv_width = 4;  ///< W
   summary_shape summary;   ///< Hv, K, V
   index_t chunk = 64;      ///< C, tokens per chunk of the delta rule
+  index_t hidden = 0;      ///< hid: what moving a row costs
   constexpr bool operator==(const plan_shape&) const = default;
 };
 
@@ -60,7 +62,8 @@ struct cp_plan {
   int world = 1;
   plan_shape shape;
   plan_options options;    ///< as asked for
-  gdn::strategy strategy;  ///< as done: a document that comes down to single rows is resharded
+  gdn::strategy strategy;  ///< as done. In place falls back to reshard if a rank holds more than two pieces of some
+                           ///< document and moving rows is predicted to move less
   index_t caller_rows = 0;   ///< of this rank, padding included
   index_t compute_rows = 0;  ///< L
   index_t tokens = 0;        ///< of all ranks
@@ -170,26 +173,57 @@ inline fragment_table contiguous_table(std::span<const fragment> tokens, int wor
   return out;
 }
 
-/// True if some document comes down to single rows: one rank holds more than two of its pieces, and at least half of
-/// its pieces are one row. A summary for each of those would cost more than the rows.
-inline bool shredded(std::span<const fragment> table, std::span<const index_t> cu, int world) {
-  std::vector<index_t> held(static_cast<std::size_t>(world), 0);
+/// Calls f(ranks of its pieces) for every document. O(fragments + documents log fragments).
+template <class F>
+void for_each_chain(std::span<const fragment> table, std::span<const index_t> cu, F&& f) {
+  std::vector<int> ranks;
   for (std::size_t n = 0; n + 1 < cu.size(); ++n) {
     if (cu[n] == cu[n + 1]) continue;
-    const std::size_t head = fragment_of(table, cu[n]);
-    std::size_t tail = head;
-    index_t single = 0;
-    index_t most = 0;
-    for (; tail < table.size() && table[tail].begin < cu[n + 1]; ++tail) {
-      const index_t rows = std::min(cu[n + 1], table[tail].end()) - std::max(cu[n], table[tail].begin);
-      single += rows == 1 ? 1 : 0;
-      most = std::max(most, ++held[static_cast<std::size_t>(table[tail].rank)]);
+    ranks.clear();
+    for (std::size_t i = fragment_of(table, cu[n]); i < table.size() && table[i].begin < cu[n + 1]; ++i) {
+      ranks.push_back(table[i].rank);
     }
-    const auto pieces = static_cast<index_t>(tail - head);
-    for (std::size_t i = head; i < tail; ++i) held[static_cast<std::size_t>(table[i].rank)] = 0;
-    if (most > 2 && 2 * single >= pieces) return true;
+    f(std::span<const int>(ranks));
   }
-  return false;
+}
+
+/// Elements that states and history move between ranks, in all: rows of history are counted as whole ones.
+/// In double, since a summary for each of very many tokens exceeds 64 bits.
+inline double predicted_elements(std::span<const fragment> table, std::span<const index_t> cu, const plan_shape& shape,
+                                 index_t conv_channels, share how, int world) {
+  double sum = 0;
+  chain_predictor chain(shape.summary, how, world);
+  for_each_chain(table, cu, [&](std::span<const int> ranks) {
+    const auto history = static_cast<double>((shape.conv_width - 1) * conv_channels);
+    sum += chain.elements(ranks) + static_cast<double>(ranks.size() - 1) * history;
+  });
+  return sum;
+}
+
+/// Whether tokens that lie in `table` should rather move to `contiguous` and back. Never where each rank holds at
+/// most two pieces of each document, as contiguous and zigzag layouts do. Elements are compared, not bytes, so the
+/// answer does not depend on the layer's type.
+inline bool moving_rows_is_cheaper(std::span<const fragment> table, std::span<const fragment> contiguous,
+                                   std::span<const index_t> cu, const plan_shape& shape, index_t conv_channels,
+                                   share how, int world) {
+  bool many = false;
+  std::vector<index_t> held(static_cast<std::size_t>(world), 0);
+  for_each_chain(table, cu, [&](std::span<const int> ranks) {
+    for (const int r : ranks) many = ++held[static_cast<std::size_t>(r)] > 2 || many;
+    for (const int r : ranks) held[static_cast<std::size_t>(r)] = 0;
+  });
+  if (!many) return false;
+  index_t rows = 0;
+  for (std::size_t a = 0, b = 0; a < table.size() && b < contiguous.size();) {
+    const index_t lo = std::max(table[a].begin, contiguous[b].begin);
+    const index_t hi = std::min(table[a].end(), contiguous[b].end());
+    if (lo < hi && table[a].rank != contiguous[b].rank) rows += hi - lo;
+    table[a].end() < contiguous[b].end() ? ++a : ++b;
+  }
+  const auto elements = [&](std::span<const fragment> t) {
+    return predicted_elements(t, cu, shape, conv_channels, how, world);
+  };
+  return 2.0 * static_cast<double>(rows) * static_cast<double>(shape.hidden) + elements(contiguous) < elements(table);
 }
 
 /// The chains of all documents that this rank shares with others.
@@ -249,10 +283,12 @@ inline cp_plan plan_context_parallel(std::span<const fragment> rows, const packi
   // Where the tokens are, and where they are computed.
   const fragment_table tokens = detail::tokens_of(rows, pack);
   p.table = detail::in_place_table(tokens, world);
-  if (p.strategy == strategy::in_place && detail::shredded(p.table, p.cu_seqlens, world)) {
+  fragment_table contiguous = detail::contiguous_table(tokens, world);
+  if (p.strategy == strategy::in_place &&
+      detail::moving_rows_is_cheaper(p.table, contiguous, p.cu_seqlens, shape, conv_channels, options.share, world)) {
     p.strategy = strategy::reshard;
   }
-  if (p.strategy == strategy::reshard) p.table = detail::contiguous_table(tokens, world);
+  if (p.strategy == strategy::reshard) p.table = std::move(contiguous);
   p.compute_rows = local_rows(p.table, rank);
   p.undo = plan_exchange(tokens, p.table, rank);
   p.redo = p.undo.inverse();
@@ -339,7 +375,7 @@ inline cp_plan plan_context_parallel(std::span<const fragment> rows, const packi
 
   detail::hasher h;
   h.add(world, shape.conv_width, shape.summary.heads, shape.summary.key_dim, shape.summary.value_dim, shape.chunk,
-        conv_channels, static_cast<int>(options.strategy), static_cast<int>(options.share),
+        shape.hidden, conv_channels, static_cast<int>(options.strategy), static_cast<int>(options.share),
         static_cast<int>(options.initial_state), static_cast<int>(options.final_state), pack.batch, pack.row_length);
   for (const fragment& f : rows) h.add(f.begin, f.count, f.rank, f.local);
   for (const token_run& r : pack.runs) h.add(r.row, r.token, r.count);
@@ -371,7 +407,7 @@ inline std::string cp_plan::describe() const {
   std::string out = say("rank", rank, "of", world, ":", compute_rows, "of", tokens, "tokens in",
                         static_cast<index_t>(segments.size()), "segments of", documents(), "documents\n");
   out += say("strategy", strategy_name(strategy));
-  if (strategy != options.strategy) out += ", not in-place: a document comes down to single rows";
+  if (strategy != options.strategy) out += ", not in-place: summaries of so many pieces would be more than the rows";
   out += say(", share", share_name()) + "\n";
   out += say("receives", undo.rows_received(rank), "+", redo.rows_received(rank), "rows of activations,",
              halo.exchange.rows_received(rank), "rows of history,", chain.elements_received(rank), "+",

@@ -37,7 +37,8 @@ class halo_planner {
   halo_planner(std::span<const fragment> table, std::span<const index_t> cu, index_t width, int rank, bool initial)
       : table_(table), cu_(cu), width_(width), rank_(rank), initial_(initial) {}
 
-  /// Tokens [lo, hi) of `document`, of which those before its start are state, go to row `at` of `reader`.
+  /// Tokens [lo, hi) of `document` go to row `at` of `reader`. Those before its start are state; without a state they
+  /// stay zero.
   void read(index_t document, index_t lo, index_t hi, int reader, index_t at) {
     const index_t start = cu_[static_cast<std::size_t>(document)];
     if (lo < start) {
@@ -149,9 +150,7 @@ inline halo_plan plan_halo(std::span<const fragment> table, std::span<const inde
     const index_t hi = tail ? stop : std::max(table[r.fragment].begin, start);
     const index_t lo = hi - (tail ? width : history);
     const int owner = tail ? last_rank(table, cu, r.document) : table[r.fragment].rank;
-    // Without a state there is nothing before the document: the rows stay zero.
-    const index_t clipped = initial ? lo : std::max(lo, start);
-    planner.read(r.document, clipped, hi, owner, r.at + clipped - lo);
+    planner.read(r.document, lo, hi, owner, r.at);
   }
   plan.exchange = std::move(planner).finish();
   return plan;

@@ -249,6 +249,52 @@ class chain_planner {
   std::vector<run_list> sends_, recvs_;
 };
 
+/// Foretells how many elements all ranks together receive for one document, in time linear in its pieces. A scan's
+/// messages from a rank to itself are counted, too.
+class chain_predictor {
+ public:
+  chain_predictor(summary_shape shape, share how, int world)
+      : shape_(shape), how_(how), seen_(static_cast<std::size_t>(world), false) {}
+
+  /// @param ranks of each piece, in the order of the chain
+  double elements(std::span<const int> ranks) {
+    const auto m = static_cast<index_t>(ranks.size());
+    index_t states = 0;
+    index_t transitions = 0;
+    switch (how_) {
+      case share::relay: states = m - 1; break;
+      case share::prefix_scan:
+        states = m - 1;
+        transitions = std::max<index_t>(0, m - 2);
+        for (index_t reach = 1; reach < m - 1; reach *= 2) {
+          states += m - 1 - reach;
+          transitions += std::max<index_t>(0, m - 1 - 2 * reach);
+        }
+        break;
+      case share::all_gather: {
+        index_t behind = 0;  // ranks that hold a piece behind p
+        for (index_t p = m - 1; p >= 0; --p) {
+          const auto rank = static_cast<std::size_t>(ranks[static_cast<std::size_t>(p)]);
+          const index_t readers = behind - (seen_[rank] ? 1 : 0);
+          states += readers;
+          transitions += p > 0 ? readers : 0;
+          behind += seen_[rank] ? 0 : 1;
+          seen_[rank] = true;
+        }
+        for (const int rank : ranks) seen_[static_cast<std::size_t>(rank)] = false;
+        break;
+      }
+    }
+    return static_cast<double>(states) * static_cast<double>(shape_.bias()) +
+           static_cast<double>(transitions) * static_cast<double>(shape_.transition());
+  }
+
+ private:
+  summary_shape shape_;
+  share how_;
+  std::vector<bool> seen_;
+};
+
 }  // namespace detail
 
 /// @param documents those with several pieces, of which this rank holds some, in an order that all ranks agree on

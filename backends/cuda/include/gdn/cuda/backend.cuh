@@ -12,6 +12,7 @@
 #include <gdn/concepts/state_pool.hpp>
 #include <gdn/core/storage.hpp>
 #include <gdn/cuda/conv1d.cuh>
+#include <gdn/cuda/conv1d_step.cuh>
 #include <gdn/cuda/delta_rule_ops.cuh>
 #include <gdn/cuda/gate.cuh>
 #include <gdn/cuda/linear.cuh>
@@ -39,9 +40,12 @@ class backend {
   explicit backend(float_products how = float_products::ieee) : how_(how) {
     int device = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    sm_count_ = count;
+    const auto attribute = [&](cudaDeviceAttr which) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+      return static_cast<index_t>(value);
+    };
+    limits_ = {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
     blas_ = std::make_shared<blas_handle>();
   }
 
@@ -174,17 +178,17 @@ class backend {
   // ---- delta_rule_ops.cuh ----
   template <device_type T>
   index_t delta_rule_prepared(const delta_rule_problem<T, device_memory>& problem) const {
-    return detail::delta_rule_prepared<T>(sm_count_, problem);
+    return detail::delta_rule_prepared<T>(limits_, problem);
   }
   template <device_type T>
   memory_requirement delta_rule_scratch(const delta_rule_problem<T, device_memory>& problem) const {
-    return detail::delta_rule_scratch<T>(sm_count_, problem);
+    return detail::delta_rule_scratch<T>(limits_, problem);
   }
   template <device_type T>
   void delta_rule_prepare(const delta_rule_problem<T, device_memory>& problem,
                           const delta_rule_inputs<T, device_memory>& in, summaries_ref<T, device_memory> prepared,
                           stream_ref s) const {
-    detail::delta_rule_prepare<T>(sm_count_, problem, in, prepared, s);
+    detail::delta_rule_prepare<T>(limits_, problem, in, prepared, s);
   }
   template <device_type T>
   void delta_rule_summarise(const delta_rule_problem<T, device_memory>& problem,
@@ -193,7 +197,7 @@ class backend {
                             tensor_ref<const published_summary, 1, device_memory> table,
                             const_states_ref<T, device_memory> h0, summaries_ref<T, device_memory> summaries,
                             workspace<device_memory>& ws, stream_ref s) const {
-    detail::delta_rule_summarise<T>(sm_count_, problem, in, prepared, table, h0, summaries, ws, s);
+    detail::delta_rule_summarise<T>(limits_, problem, in, prepared, table, h0, summaries, ws, s);
   }
   void compose(index_t heads, index_t key_dim, index_t value_dim,
                tensor_ref<const compose_item, 1, device_memory> items, tensor_ref<float, 1, device_memory> summaries,
@@ -211,7 +215,7 @@ class backend {
                           const_summaries_ref<T, device_memory> prepared, const_states_ref<T, device_memory> h0,
                           tensor_ref<T, 3, device_memory> o, states_ref<T, device_memory> ht,
                           workspace<device_memory>& ws, stream_ref s) const {
-    detail::delta_rule_forward<T>(sm_count_, problem, in, prepared, h0, o, ht, ws, s);
+    detail::delta_rule_forward<T>(limits_, problem, in, prepared, h0, o, ht, ws, s);
   }
   template <device_type T>
   void delta_rule_summarise_gradient(const delta_rule_problem<T, device_memory>& problem,
@@ -222,7 +226,7 @@ class backend {
                                      const_summaries_ref<T, device_memory> own,
                                      summaries_ref<T, device_memory> summaries, workspace<device_memory>& ws,
                                      stream_ref s) const {
-    detail::delta_rule_summarise_gradient<T>(sm_count_, problem, in, prepared, d_o, dht, table, own, summaries, ws, s);
+    detail::delta_rule_summarise_gradient<T>(limits_, problem, in, prepared, d_o, dht, table, own, summaries, ws, s);
   }
   template <device_type T>
   void delta_rule_backward(const delta_rule_problem<T, device_memory>& problem,
@@ -231,7 +235,7 @@ class backend {
                            detail::in_ref<T, 3> d_o, const_states_ref<T, device_memory> dht,
                            const delta_rule_gradients<T, device_memory>& gradients, states_ref<T, device_memory> dh0,
                            workspace<device_memory>& ws, stream_ref s) const {
-    detail::delta_rule_backward<T>(sm_count_, problem, in, prepared, h0, d_o, dht, gradients, dh0, ws, s);
+    detail::delta_rule_backward<T>(limits_, problem, in, prepared, h0, d_o, dht, gradients, dh0, ws, s);
   }
   template <device_type T, device_type S>
   void delta_rule_step(float scale, const delta_rule_inputs<T, device_memory>& in,
@@ -254,7 +258,7 @@ class backend {
 
  private:
   float_products how_;
-  index_t sm_count_ = 0;
+  detail::device_limits limits_;
   std::shared_ptr<blas_handle> blas_;
 };
 

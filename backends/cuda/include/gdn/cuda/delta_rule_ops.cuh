@@ -9,11 +9,13 @@
 
 #include <gdn/core/workspace.hpp>
 #include <gdn/cuda/delta_rule.cuh>
+#include <gdn/cuda/delta_rule_step.cuh>
 #include <gdn/cuda/mma_gated.cuh>
 #include <gdn/cuda/mma_gradients.cuh>
 #include <gdn/cuda/mma_prepare.cuh>
 #include <gdn/cuda/mma_reverse_scan.cuh>
 #include <gdn/cuda/mma_scan.cuh>
+#include <gdn/cuda/rows.cuh>
 
 namespace gdn {
 inline namespace v0 {
@@ -23,6 +25,12 @@ template <class T>
 using problem_ref = const delta_rule_problem<T, device_memory>&;
 template <class T>
 using rule_inputs_ref = const delta_rule_inputs<T, device_memory>&;
+
+/// What launches depend on.
+struct device_limits {
+  index_t sm_count = 0;
+  index_t shared = 0;  ///< bytes of shared memory that a block can have
+};
 
 template <class T>
 void check_problem(problem_ref<T> p, rule_inputs_ref<T> in) {
@@ -46,9 +54,9 @@ struct block_scratch {
   index_t blocks = 0;
 };
 
-inline block_scratch take_blocks(index_t sm_count, index_t items, index_t elements, workspace<device_memory>& ws) {
+inline block_scratch take_blocks(device_limits device, index_t items, index_t elements, workspace<device_memory>& ws) {
   block_scratch b;
-  b.blocks = std::min<index_t>(items, 4 * sm_count);
+  b.blocks = std::min<index_t>(items, 4 * device.sm_count);
   b.stride = divide_up(elements, 32) * 32;
   b.data = ws.take<float>(b.blocks, b.stride).data();
   return b;
@@ -72,10 +80,16 @@ index_t scan_blocks(problem_ref<T> p, index_t columns) {
   return p.value_heads * divide_up(columns, scan_columns);
 }
 
-/// True if the tensor cores' kernels do this: 16-bit types, chunks of 64 tokens, K up to 128, K and V multiples of 16.
+/// Shared memory of the largest of the tensor cores' kernels, its static part included.
+template <int Stages>
+inline constexpr index_t gradients_mma_need =
+    gradients_shared<128, Stages>::bytes + sizeof(gradient_sums) + sizeof(chunk_gates);
+
+/// True if the tensor cores' kernels do this: 16-bit types, chunks of 64 tokens, K up to 128, K and V multiples of 16;
+/// on devices with the shared memory of sm_80 at least.
 template <class T>
-constexpr bool fits_mma(problem_ref<T> p) {
-  return sizeof(T) == 2 && p.chunk == mma_chunk && p.key_dim <= 128 && p.key_dim % 16 == 0 && p.value_dim % 16 == 0;
+bool fits_mma(device_limits device, problem_ref<T> p) {
+  return sizeof(T) == 2 && device.shared >= gradients_mma_need<1> && p.chunk == mma_chunk && p.key_dim <= 128 && p.key_dim % 16 == 0 && p.value_dim % 16 == 0;
 }
 /// Those kernels copy rows in pieces of 16 bytes.
 template <class T>
@@ -105,18 +119,18 @@ inline index_t mma_blocks(index_t columns) { return divide_up(columns, mma_value
 
 /// The most that any call takes: backward keeps the states before all chunks, and their gradients.
 template <class T>
-memory_requirement delta_rule_scratch(index_t sm_count, problem_ref<T> p) {
+memory_requirement delta_rule_scratch(device_limits device, problem_ref<T> p) {
   workspace<device_memory> backward;
-  if (fits_mma<T>(p)) {
+  if (fits_mma<T>(device, p)) {
     take_gated(p, true, backward);
     backward.take<T>(2, mma_state_elements(p));
     return backward.peak();
   }
   constexpr index_t all = index_t{1} << 40;
   workspace<device_memory> forward;
-  take_blocks(sm_count, all, scan_elements<T>(p), forward);
+  take_blocks(device, all, scan_elements<T>(p), forward);
   backward.take<float>(2, state_elements<T>(p));
-  take_blocks(sm_count, all, std::max(scan_elements<T>(p), gradient_elements<T>(p)), backward);
+  take_blocks(device, all, std::max(scan_elements<T>(p), gradient_elements<T>(p)), backward);
   return {std::max(forward.peak().bytes, backward.peak().bytes)};
 }
 
@@ -132,29 +146,29 @@ index_t inverse_elements(problem_ref<T> p) {
 
 /// prepare() has no workspace: its scratch is three matrices of one chunk per block, behind the inverses.
 template <class T>
-index_t delta_rule_prepared(index_t sm_count, problem_ref<T> p) {
+index_t delta_rule_prepared(device_limits device, problem_ref<T> p) {
   const index_t inverses = divide_up(inverse_elements<T>(p), 64) * 64;
-  if (fits_mma<T>(p)) return inverses;
-  return inverses + std::min<index_t>(p.chunks * p.value_heads, 4 * sm_count) * (p.chunk * (p.key_dim + 2 * p.chunk));
+  if (fits_mma<T>(device, p)) return inverses;
+  return inverses + std::min<index_t>(p.chunks * p.value_heads, 4 * device.sm_count) * (p.chunk * (p.key_dim + 2 * p.chunk));
 }
 
 template <class T>
-void delta_rule_prepare(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> in,
+void delta_rule_prepare(device_limits device, problem_ref<T> p, rule_inputs_ref<T> in,
                         summaries_ref<T, device_memory> prepared, stream_ref s) {
   check_problem<T>(p, in);
   T* inverses = reinterpret_cast<T*>(prepared.data());
   if constexpr (sizeof(T) == 2) {
-    if (fits_mma<T>(p)) {
+    if (fits_mma<T>(device, p)) {
       check_pieces("k", in.k);
       with_key_width(p.key_dim, [&](auto key) {
         launch("delta_rule_prepare", prepare_mma_kernel<T, key()>, grid_of(p.chunks, p.key_heads), prepare_mma_threads,
-               prepare_mma_shared<key()>, s, p, in, inverses);
+               prepare_shared<key()>::bytes, s, p, in, inverses);
       });
       return;
     }
   }
   launch("delta_rule_prepare", prepare_kernel<T>,
-         grid_of(std::min<index_t>(p.chunks * p.value_heads, 4 * sm_count)), cta_threads, 0, s, p, in, inverses,
+         grid_of(std::min<index_t>(p.chunks * p.value_heads, 4 * device.sm_count)), cta_threads, 0, s, p, in, inverses,
          prepared.data() + divide_up(inverse_elements<T>(p), 64) * 64, p.chunk * (p.key_dim + 2 * p.chunk));
 }
 
@@ -196,16 +210,16 @@ void run_reverse_scan_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_c
 }
 
 template <class T, scan Mode>
-void run_scan(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> in, const scan_targets<T>& to, index_t items,
+void run_scan(device_limits device, problem_ref<T> p, rule_inputs_ref<T> in, const scan_targets<T>& to, index_t items,
               workspace<device_memory>& ws, stream_ref s) {
   if (items == 0) return;
   const scoped_mark scope(ws);
-  const block_scratch b = take_blocks(sm_count, items, scan_elements<T>(p), ws);
+  const block_scratch b = take_blocks(device, items, scan_elements<T>(p), ws);
   launch("delta_rule_scan", scan_kernel<T, Mode>, grid_of(b.blocks), cta_threads, 0, s, p, in, to, b.data, b.stride);
 }
 
 template <class T>
-void delta_rule_summarise(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> in,
+void delta_rule_summarise(device_limits device, problem_ref<T> p, rule_inputs_ref<T> in,
                           const_summaries_ref<T, device_memory> prepared,
                           tensor_ref<const published_summary, 1, device_memory> table,
                           const_states_ref<T, device_memory> h0, summaries_ref<T, device_memory> summaries,
@@ -213,7 +227,7 @@ void delta_rule_summarise(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T>
   check_problem<T>(p, in);
   const scan_targets<T> to{inverses_of<T>(prepared), h0, {}, {}, table, summaries.data(), nullptr};
   if constexpr (sizeof(T) == 2) {
-    if (fits_mma<T>(p)) {
+    if (fits_mma<T>(device, p)) {
       if (table.extent(0) == 0) return;
       const scoped_mark scope(ws);
       const auto gated = make_gated<T, false>(p, in, to.prepared, ws, s);
@@ -222,19 +236,19 @@ void delta_rule_summarise(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T>
       return;
     }
   }
-  run_scan<T, scan::bias>(sm_count, p, in, to, table.extent(0) * scan_blocks<T>(p, p.value_dim), ws, s);
-  run_scan<T, scan::transition>(sm_count, p, in, to, table.extent(0) * scan_blocks<T>(p, p.key_dim), ws, s);
+  run_scan<T, scan::bias>(device, p, in, to, table.extent(0) * scan_blocks<T>(p, p.value_dim), ws, s);
+  run_scan<T, scan::transition>(device, p, in, to, table.extent(0) * scan_blocks<T>(p, p.key_dim), ws, s);
 }
 
 template <class T>
-void delta_rule_forward(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> in,
+void delta_rule_forward(device_limits device, problem_ref<T> p, rule_inputs_ref<T> in,
                         const_summaries_ref<T, device_memory> prepared, const_states_ref<T, device_memory> h0,
                         tensor_ref<T, 3, device_memory> o, states_ref<T, device_memory> ht,
                         workspace<device_memory>& ws, stream_ref s) {
   check_problem<T>(p, in);
   const scan_targets<T> to{inverses_of<T>(prepared), h0, o, ht, {}, nullptr, nullptr};
   if constexpr (sizeof(T) == 2) {
-    if (fits_mma<T>(p)) {
+    if (fits_mma<T>(device, p)) {
       check_pieces("o", o);
       const scoped_mark scope(ws);
       const auto gated = make_gated<T, true>(p, in, to.prepared, ws, s);
@@ -242,11 +256,11 @@ void delta_rule_forward(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> i
       return;
     }
   }
-  run_scan<T, scan::output>(sm_count, p, in, to, p.segments.extent(0) * scan_blocks<T>(p, p.value_dim), ws, s);
+  run_scan<T, scan::output>(device, p, in, to, p.segments.extent(0) * scan_blocks<T>(p, p.value_dim), ws, s);
 }
 
 template <class T>
-void delta_rule_summarise_gradient(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> in,
+void delta_rule_summarise_gradient(device_limits device, problem_ref<T> p, rule_inputs_ref<T> in,
                                    const_summaries_ref<T, device_memory> prepared,
                                    tensor_ref<const T, 3, device_memory> d_o, const_states_ref<T, device_memory> dht,
                                    tensor_ref<const published_summary, 1, device_memory> table,
@@ -256,7 +270,7 @@ void delta_rule_summarise_gradient(index_t sm_count, problem_ref<T> p, rule_inpu
   check_problem<T>(p, in);
   if (table.extent(0) == 0) return;
   const reverse_targets<T> to{inverses_of<T>(prepared), d_o, dht, table, summaries.data(), nullptr, {}};
-  const bool mma = fits_mma<T>(p);
+  const bool mma = fits_mma<T>(device, p);
   if constexpr (sizeof(T) == 2) {
     if (mma) {
       const scoped_mark scope(ws);
@@ -267,7 +281,7 @@ void delta_rule_summarise_gradient(index_t sm_count, problem_ref<T> p, rule_inpu
   if (!mma) {
     const scoped_mark scope(ws);
     const block_scratch b =
-        take_blocks(sm_count, table.extent(0) * scan_blocks<T>(p, p.value_dim), scan_elements<T>(p), ws);
+        take_blocks(device, table.extent(0) * scan_blocks<T>(p, p.value_dim), scan_elements<T>(p), ws);
     launch("delta_rule_summarise_gradient", reverse_scan_kernel<T, true>, grid_of(b.blocks), cta_threads, 0, s, p, in,
            to, b.data, b.stride);
   }
@@ -276,7 +290,7 @@ void delta_rule_summarise_gradient(index_t sm_count, problem_ref<T> p, rule_inpu
 }
 
 template <class T>
-void delta_rule_backward(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> in,
+void delta_rule_backward(device_limits device, problem_ref<T> p, rule_inputs_ref<T> in,
                          const_summaries_ref<T, device_memory> prepared, const_states_ref<T, device_memory> h0,
                          tensor_ref<const T, 3, device_memory> d_o, const_states_ref<T, device_memory> dht,
                          const delta_rule_gradients<T, device_memory>& out, states_ref<T, device_memory> dh0,
@@ -285,7 +299,7 @@ void delta_rule_backward(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> 
   if (p.tokens == 0) return;
   const scoped_mark scope(ws);
   if constexpr (sizeof(T) == 2) {
-    if (fits_mma<T>(p)) {
+    if (fits_mma<T>(device, p)) {
       const auto states = ws.take<T>(2, mma_state_elements(p));
       T* d_states = states.data() + mma_state_elements(p);
       const index_t N = p.segments.extent(0);
@@ -295,9 +309,16 @@ void delta_rule_backward(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> 
       run_reverse_scan_mma<T, false>(p, in, gated, {inverses, d_o, dht, {}, nullptr, nullptr, dh0}, N, out.v, d_states,
                                      s);
       with_key_width(p.key_dim, [&](auto key) {
-        launch("delta_rule_gradients", gradients_mma_kernel<T, key()>, grid_of(p.chunks, p.key_heads),
-               gradients_mma_threads, gradients_shared<key()>::bytes, s, p, in, inverses,
-               static_cast<const T*>(states.data()), static_cast<const T*>(d_states), d_o, out);
+        const auto run = [&](auto stages) {
+          launch("delta_rule_gradients", gradients_mma_kernel<T, key(), stages()>, grid_of(p.chunks, p.key_heads),
+                 gradients_mma_threads, gradients_shared<key(), stages()>::bytes, s, p, in, inverses,
+                 static_cast<const T*>(states.data()), static_cast<const T*>(d_states), d_o, out);
+        };
+        if (device.shared >= gradients_mma_need<2>) {
+          run(std::integral_constant<int, 2>{});
+        } else {
+          run(std::integral_constant<int, 1>{});
+        }
       });
       return;
     }
@@ -305,15 +326,15 @@ void delta_rule_backward(index_t sm_count, problem_ref<T> p, rule_inputs_ref<T> 
   const auto states = ws.take<float>(2, state_elements<T>(p));
   float* d_states = states.data() + state_elements<T>(p);
   const index_t items = p.segments.extent(0) * scan_blocks<T>(p, p.value_dim);
-  run_scan<T, scan::states>(sm_count, p, in, {inverses_of<T>(prepared), h0, {}, {}, {}, nullptr, states.data()}, items, ws, s);
+  run_scan<T, scan::states>(device, p, in, {inverses_of<T>(prepared), h0, {}, {}, {}, nullptr, states.data()}, items, ws, s);
   {
     const scoped_mark inner(ws);
-    const block_scratch b = take_blocks(sm_count, items, scan_elements<T>(p), ws);
+    const block_scratch b = take_blocks(device, items, scan_elements<T>(p), ws);
     const reverse_targets<T> to{inverses_of<T>(prepared), d_o, dht, {}, nullptr, d_states, dh0};
     launch("delta_rule_reverse_scan", reverse_scan_kernel<T, false>, grid_of(b.blocks), cta_threads, 0, s, p, in, to,
            b.data, b.stride);
   }
-  const block_scratch b = take_blocks(sm_count, p.chunks * p.key_heads, gradient_elements<T>(p), ws);
+  const block_scratch b = take_blocks(device, p.chunks * p.key_heads, gradient_elements<T>(p), ws);
   launch("delta_rule_gradients", chunk_gradients_kernel<T>, grid_of(b.blocks), cta_threads, 0, s, p, in,
          inverses_of<T>(prepared), static_cast<const float*>(states.data()), static_cast<const float*>(d_states), d_o, out,
          b.data, b.stride);
@@ -331,20 +352,6 @@ inline void fold(index_t heads, index_t K, index_t V, tensor_ref<const fold_item
   launch("fold", fold_kernel<float>, grid_of(items.extent(0), heads, divide_up(V, fold_columns)), cta_threads,
          static_cast<std::size_t>(2 * K * fold_columns) * sizeof(float), s, K, V, items.data(), links.data(),
          summaries.data(), states);
-}
-
-template <class T, class S>
-void delta_rule_step(float scale, rule_inputs_ref<T> in, tensor_ref<S, 4, device_memory> states,
-                     tensor_ref<const std::int32_t, 1, device_memory> slots, tensor_ref<T, 3, device_memory> o,
-                     stream_ref s) {
-  const index_t K = in.k.extent(2);
-  const index_t groups = divide_up(K, step_rows);
-  expects<backend_error>(groups * step_columns <= 1024, "the decode step holds keys of up to 512 elements, not", K);
-  launch("delta_rule_step", step_kernel<T, S>,
-         grid_of(slots.extent(0), in.v.extent(1), divide_up(in.v.extent(2), step_columns)),
-         static_cast<int>(groups * step_columns),
-         static_cast<std::size_t>(2 * K + 2 * groups * step_columns) * sizeof(float), s, scale, in, states,
-         slots.data(), o);
 }
 
 }  // namespace cuda::detail

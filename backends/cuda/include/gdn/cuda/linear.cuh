@@ -11,6 +11,7 @@
 #include <cublasLt.h>
 
 #include <gdn/core/storage.hpp>
+#include <gdn/core/workspace.hpp>
 #include <gdn/cuda/rows.cuh>
 
 namespace gdn {

@@ -63,6 +63,9 @@ class local_communicator {
     }
   }
 
+  /// What a failure of the group cannot hold up: no work on a stream waits for a host thread.
+  void synchronize(stream_ref s) { check(cudaStreamSynchronize(s.get()), "cudaStreamSynchronize"); }
+
   void abort() noexcept { place_.leave(); }
 
  private:
@@ -79,7 +82,7 @@ class local_communicator {
   gdn::detail::rendezvous place_;
   std::unique_ptr<events> events_;
 };
-static_assert(communicator<local_communicator>);
+static_assert(waits_for_streams<local_communicator>);
 
 }  // namespace cuda
 }  // namespace v0

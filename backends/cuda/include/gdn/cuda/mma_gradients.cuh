@@ -10,9 +10,9 @@ namespace cuda::detail {
 
 inline constexpr int gradients_mma_threads = 256;
 
-/// Shared memory of a block: keys and queries; two stages of 64 columns of V; chunk inverses of two heads; four tiles
-/// that change their meaning; sums.
-template <int Key>
+/// Shared memory of a block: keys and queries; one or two stages of 64 columns of V; the chunk inverses of a head and
+/// of those that are under way; four tiles that change their meaning.
+template <int Key, int Stages>
 struct gradients_shared {
   static constexpr std::uint32_t keys = 0;
   static constexpr std::uint32_t queries = keys + tile<Key>::bytes;
@@ -24,8 +24,8 @@ struct gradients_shared {
   static constexpr std::uint32_t d_output = values + tile<mma_values>::bytes;   // dO
   static constexpr std::uint32_t d_values = d_output + tile<mma_values>::bytes; // dV = dW
   static constexpr std::uint32_t stage = d_values + tile<mma_values>::bytes;
-  static constexpr std::uint32_t inverses = stages + 2 * stage;  // X of the head, and of the next
-  static constexpr std::uint32_t first = inverses + 2 * tile<mma_chunk>::bytes;  // T, then E
+  static constexpr std::uint32_t inverses = stages + Stages * stage;  // X of a head, and of those under way
+  static constexpr std::uint32_t first = inverses + (Stages + 1) * tile<mma_chunk>::bytes;  // T, then E
   static constexpr std::uint32_t second = first + tile<mma_chunk>::bytes;        // P, then dP
   static constexpr std::uint32_t third = second + tile<mma_chunk>::bytes;        // D, then dX
   static constexpr std::uint32_t fourth = third + tile<mma_chunk>::bytes;        // dD, then X^T dX
@@ -84,12 +84,13 @@ __device__ inline float column_sum(float v) {
 
 /// The gradients of q, k, g and beta of one chunk, for all value heads of a key head. Eight warps: warp w holds rows
 /// 16 (w % 4) .. of every product, and half w / 4 of its columns. Formulas: docs/kernels.md.
-template <class T, int Key>
+/// @tparam Stages 2, or 1 where shared memory is short (sm_80)
+template <class T, int Key, int Stages>
 __global__ void __launch_bounds__(gradients_mma_threads, 1)
     gradients_mma_kernel(delta_rule_problem<T, device_memory> p, delta_rule_inputs<T, device_memory> in,
                          const T* prepared, const T* states, const T* d_states,
                          tensor_ref<const T, 3, device_memory> d_o, delta_rule_gradients<T, device_memory> out) {
-  using shared = gradients_shared<Key>;
+  using shared = gradients_shared<Key, Stages>;
   constexpr int threads = gradients_mma_threads;
   constexpr int KN = Key / 16;  // results of 8 columns in half a row of K
   extern __shared__ __align__(1024) unsigned char tiles[];
@@ -120,7 +121,9 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
   const tile<mma_chunk> second{base + shared::second};
   const tile<mma_chunk> third{base + shared::third};
   const tile<mma_chunk> fourth{base + shared::fourth};
-  const auto inverse_of = [&](int h) { return tile<mma_chunk>{base + shared::inverses + h % 2 * tile<mma_chunk>::bytes}; };
+  const auto inverse_of = [&](int h) {
+    return tile<mma_chunk>{base + shared::inverses + h % (Stages + 1) * tile<mma_chunk>::bytes};
+  };
 
   // A step is one block of columns of V of one head.
   const int steps = ratio * blocks;
@@ -128,7 +131,7 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
     if (step < steps) {
       const index_t head = first_head + step / blocks;
       const index_t column = static_cast<index_t>(step % blocks) * mma_values;
-      const std::uint32_t stage = base + shared::stages + step % 2 * shared::stage;
+      const std::uint32_t stage = base + shared::stages + step % Stages * shared::stage;
       const index_t place = ((index * p.value_heads + head) * blocks * mma_values + column) * Key;
       const int pieces = pieces_from(p.value_dim, column);
       tile<Key>{stage + shared::state}.template load<T, threads>(states + place, Key, mma_values, Key / 8);
@@ -150,9 +153,9 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
 
   keys.template load<T, threads>(&in.k(token, key_head, 0), in.k.stride(0), c, pieces_from(p.key_dim, 0));
   queries.template load<T, threads>(&in.q(token, key_head, 0), in.q.stride(0), c, pieces_from(p.key_dim, 0));
-  load_step(0);
-  load_step(1);
-  wait_copies<1>();
+#pragma unroll
+  for (int step = 0; step < Stages; ++step) load_step(step);
+  wait_copies<Stages - 1>();
   __syncthreads();
 
   warp_results<4> QK;  // raw, rows s, tokens t
@@ -170,7 +173,7 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
     const index_t head = first_head + h;
     const tile<mma_chunk> inverse = inverse_of(h);
     if (warp == 0) load_gates(gates, in, token, head, c);
-    wait_copies<1>();
+    wait_copies<Stages - 1>();
     __syncthreads();
 
     // T and P.
@@ -196,14 +199,14 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
     float carried = 0;
     for (int block = 0; block < blocks; ++block) {
       const int step = h * blocks + block;
-      const std::uint32_t stage = base + shared::stages + step % 2 * shared::stage;
+      const std::uint32_t stage = base + shared::stages + step % Stages * shared::stage;
       const tile<Key> state{stage + shared::state};
       const tile<Key> d_state{stage + shared::d_state};
       const tile<mma_values> values{stage + shared::values};
       const tile<mma_values> d_output{stage + shared::d_output};
       const tile<mma_values> d_values{stage + shared::d_values};
       if (block > 0) {
-        wait_copies<1>();
+        wait_copies<Stages - 1>();
         __syncthreads();
       }
 
@@ -346,11 +349,12 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
         add(x.w, y.w);
       }
       __syncthreads();
-      load_step(step + 2);
+      load_step(step + Stages);
     }
 
     // dg_t = <S, dS> e^(c_C) + sum_{s>=t} later_s + sum_{s<t} earlier_s + sum_{s>=t, j<t} Z_sj; the last term as the
-    // sum over s >= t of rows of Z less columns, in float: Z = dP o P + dT o T.
+    // sum over s >= t of rows of Z less columns, in float: Z = dP o P + dT o T below the diagonal. On it they would
+    // cancel, and drown what strong decay leaves.
     float z_columns[4][2] = {};
     float beta_columns[4][2] = {};
 #pragma unroll
@@ -369,7 +373,7 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
           const float by_beta = d_t * (i == 0 ? x.x : x.y);
           d_x[i] = d_t * gates.beta[t];
           d_p[i] = p.scale * g * dP.x[n][2 * e + i];
-          const float z = d_p[i] * QK.x[n][2 * e + i] + by_beta * gates.beta[t];
+          const float z = t == s ? 0.0f : d_p[i] * QK.x[n][2 * e + i] + by_beta * gates.beta[t];
           later[e] += z;
           z_columns[n][i] += z;
           beta_columns[n][i] += by_beta;
@@ -470,8 +474,6 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
       const float k0 = earlier_at(t);
       float after = later_at(t) + l1;  // of this lane and all that follow
       float before = k0 + earlier_at(t + 1);
-      const float own_before = before;
-      const float own_after = after;
 #pragma unroll
       for (int offset = 1; offset < 32; offset *= 2) {
         const float a = __shfl_down_sync(0xffffffffu, after, offset);
@@ -479,8 +481,13 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
         if (lane + offset < 32) after += a;
         if (lane >= offset) before += b;
       }
-      if (t < c) out.g(token + t, head) = total + after + (before - own_before);
-      if (t + 1 < c) out.g(token + t + 1, head) = total + (after - own_after + l1) + (before - own_before + k0);
+      // Of the lanes behind and before only: subtracting this lane's share would cancel.
+      float behind = __shfl_down_sync(0xffffffffu, after, 1);
+      before = __shfl_up_sync(0xffffffffu, before, 1);
+      if (lane == 31) behind = 0;
+      if (lane == 0) before = 0;
+      if (t < c) out.g(token + t, head) = total + after + before;
+      if (t + 1 < c) out.g(token + t + 1, head) = total + (behind + l1) + (before + k0);
     } else if (warp < 3) {
       const int t = 32 * (warp - 1) + lane;
       const float b = (sums.beta_columns[0][t] + sums.beta_columns[1][t]) +

@@ -28,15 +28,42 @@ bool moves_as(const void* a, const void* b, index_t width, index_t stride_a, ind
   return aligned(a) && aligned(b) && width % n == 0 && stride_a % n == 0 && stride_b % n == 0;
 }
 
+/// to[f(i)] = from[g(i)] for i < n, where `places(i)` is {g(i), f(i)}: threads stride over i, four loads in flight
+/// each.
+template <class Word, class Places>
+__device__ void copy_words(index_t n, index_t first, index_t step, const Word* from, Word* to, Places&& places) {
+  constexpr int ahead = 4;
+  for (index_t i = first; i < n; i += ahead * step) {
+    Word words[ahead];
+    index_t targets[ahead];
+#pragma unroll
+    for (int k = 0; k < ahead; ++k) {
+      if (i + k * step >= n) continue;
+      const auto [source, target] = places(i + k * step);
+      words[k] = from[source];
+      targets[k] = target;
+    }
+#pragma unroll
+    for (int k = 0; k < ahead; ++k) {
+      if (i + k * step < n) to[targets[k]] = words[k];
+    }
+  }
+}
+
+struct word_places {
+  index_t source, target;
+};
+
 /// Row i of `to` from row i of `from`.
 template <class Word>
 __global__ void copy_rows_kernel(const Word* from, index_t from_stride, Word* to, index_t to_stride, index_t rows,
                                  index_t width) {
-  const index_t n = rows * width;
-  for (index_t i = blockIdx.x * static_cast<index_t>(blockDim.x) + threadIdx.x; i < n;
-       i += static_cast<index_t>(gridDim.x) * blockDim.x) {
-    to[i / width * to_stride + i % width] = from[i / width * from_stride + i % width];
-  }
+  copy_words(rows * width, blockIdx.x * static_cast<index_t>(blockDim.x) + threadIdx.x,
+             static_cast<index_t>(gridDim.x) * blockDim.x, from, to, [&](index_t i) {
+               const index_t row = quotient(i, width);
+               const index_t column = i - row * width;
+               return word_places{row * from_stride + column, row * to_stride + column};
+             });
 }
 
 /// One block per (run, stripe of it): rows of runs to or from their places in a message.
@@ -44,15 +71,14 @@ template <class Word, bool Gather>
 __global__ void move_runs_kernel(const run* runs, const Word* from, index_t from_stride, Word* to, index_t to_stride,
                                  index_t width) {
   const run r = runs[blockIdx.x];
-  const index_t n = r.count * width;
   const index_t source = Gather ? r.local : r.packed;
   const index_t target = Gather ? r.packed : r.local;
-  for (index_t i = blockIdx.y * static_cast<index_t>(blockDim.x) + threadIdx.x; i < n;
-       i += static_cast<index_t>(gridDim.y) * blockDim.x) {
-    const index_t row = i / width;
-    const index_t column = i % width;
-    to[(target + row) * to_stride + column] = from[(source + row) * from_stride + column];
-  }
+  copy_words(r.count * width, blockIdx.y * static_cast<index_t>(blockDim.x) + threadIdx.x,
+             static_cast<index_t>(gridDim.y) * blockDim.x, from, to, [&](index_t i) {
+               const index_t row = quotient(i, width);
+               const index_t column = i - row * width;
+               return word_places{(source + row) * from_stride + column, (target + row) * to_stride + column};
+             });
 }
 
 /// A thread owns a column and walks over the runs in their order, since a row may stand in several of them.
@@ -132,9 +158,11 @@ void move_runs(in_ref<T, 2> src, tensor_ref<const run, 1, device_memory> runs, o
     const index_t words = divide_up(packed * dst.extent(1) / n, runs.size());
     const index_t stripes = divide_up(words, 4 * row_threads);
     launch(Gather ? "gather_rows" : "scatter_rows", move_runs_kernel<Word, Gather>,
-           grid_of(runs.size(), stripes < 1 ? 1 : stripes < 1024 ? stripes : 1024), row_threads, 0, s, runs.data(),
-           reinterpret_cast<const Word*>(src.data()), src.stride(0) / n, reinterpret_cast<Word*>(dst.data()),
-           dst.stride(0) / n, dst.extent(1) / n);
+           grid_of(runs.size(), stripes < 1      ? 1
+                                : stripes < 1024 ? stripes
+                                                 : 1024),
+           row_threads, 0, s, runs.data(), reinterpret_cast<const Word*>(src.data()), src.stride(0) / n,
+           reinterpret_cast<Word*>(dst.data()), dst.stride(0) / n, dst.extent(1) / n);
   });
 }
 

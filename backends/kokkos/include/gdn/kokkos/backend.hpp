@@ -70,9 +70,9 @@ class backend {
   }
 
   // ---- rows.hpp ----
-  template <class T>
-  void copy_rows(detail::in_ref<T, 2> src, tensor_ref<T, 2> dst, host_stream) const {
-    detail::copy_rows(exec_, src, dst);
+  template <class E, class T>
+  void copy_rows(tensor_ref<E, 2> src, tensor_ref<T, 2> dst, host_stream) const {
+    detail::copy_rows(exec_, detail::read_only(src), dst);
   }
   template <class T>
   void gather_rows(detail::in_ref<T, 2> src, tensor_ref<const run, 1> runs, tensor_ref<T, 2> dst, host_stream) const {
@@ -91,54 +91,54 @@ class backend {
   void fill_zero(tensor_ref<T, 2> t, host_stream) const {
     detail::fill_zero(exec_, t);
   }
-  template <class T>
-  void swap_axes(detail::in_ref<T, 3> src, tensor_ref<T, 3> dst, host_stream) const {
-    detail::swap_axes(exec_, src, dst);
+  template <class E, class T>
+  void swap_axes(tensor_ref<E, 3> src, tensor_ref<T, 3> dst, host_stream) const {
+    detail::swap_axes(exec_, detail::read_only(src), dst);
   }
 
   // ---- linear.hpp ----
-  template <class T>
-  void linear_forward(detail::in_ref<T, 2> x, detail::in_ref<T, 2> w, tensor_ref<T, 2> y, workspace<host_memory>&,
+  template <class X, class W, class Y>
+  void linear_forward(tensor_ref<X, 2> x, tensor_ref<W, 2> w, tensor_ref<Y, 2> y, workspace<host_memory>&,
                       host_stream) const {
-    detail::linear_forward(exec_, x, w, y);
+    detail::linear_forward(exec_, detail::read_only(x), detail::read_only(w), y);
   }
-  template <class T>
-  void linear_backward_input(detail::in_ref<T, 2> dy, detail::in_ref<T, 2> w, tensor_ref<T, 2> dx, bool add,
+  template <class DY, class W, class DX>
+  void linear_backward_input(tensor_ref<DY, 2> dy, tensor_ref<W, 2> w, tensor_ref<DX, 2> dx, bool add,
                              workspace<host_memory>&, host_stream) const {
-    detail::linear_backward_input(exec_, dy, w, dx, add);
+    detail::linear_backward_input(exec_, detail::read_only(dy), detail::read_only(w), dx, add);
   }
-  template <class E, class T = std::remove_const_t<E>>
-  void linear_backward_weight(tensor_ref<E, 2> dy, detail::in_ref<T, 2> x, detail::out_ref<accumulate_t<T>, 2> dw,
-                              workspace<host_memory>&, host_stream) const {
-    detail::linear_backward_weight<T>(exec_, dy, x, dw);
+  template <class DY, class X, class A>
+  void linear_backward_weight(tensor_ref<DY, 2> dy, tensor_ref<X, 2> x, tensor_ref<A, 2> dw, workspace<host_memory>&,
+                              host_stream) const {
+    detail::linear_backward_weight(exec_, detail::read_only(dy), detail::read_only(x), dw);
   }
 
   // ---- conv1d.hpp ----
-  template <class E, class Y, class T = std::remove_const_t<E>>
+  template <class E, class W, class Y, class X = std::remove_const_t<E>>
   void causal_conv1d_forward(tensor_ref<const conv_segment, 1> segments, tensor_ref<E, 2> x,
-                             detail::in_ref<T, 2> halo, detail::in_ref<T, 2> w, activation act, tensor_ref<Y, 2> y,
+                             detail::in_ref<X, 2> halo, tensor_ref<W, 2> w, activation act, tensor_ref<Y, 2> y,
                              host_stream) const {
-    detail::causal_conv1d_forward<T>(exec_, segments, x, halo, w, act, y);
+    detail::causal_conv1d_forward<X>(exec_, segments, x, halo, detail::read_only(w), act, y);
   }
-  template <class T>
-  void causal_conv1d_backward(tensor_ref<const conv_segment, 1> segments, detail::in_ref<T, 2> x,
-                              detail::in_ref<T, 2> halo, detail::in_ref<T, 2> w, activation act,
-                              detail::in_ref<T, 2> dy, tensor_ref<T, 2> dx, tensor_ref<T, 2> dhalo,
-                              detail::out_ref<accumulate_t<T>, 2> dw, workspace<host_memory>&, host_stream) const {
-    detail::causal_conv1d_backward(exec_, segments, x, halo, w, act, dy, dx, dhalo, dw);
+  template <class X, class W>
+  void causal_conv1d_backward(tensor_ref<const conv_segment, 1> segments, detail::in_ref<X, 2> x,
+                              detail::in_ref<X, 2> halo, tensor_ref<W, 2> w, activation act, detail::in_ref<X, 2> dy,
+                              tensor_ref<X, 2> dx, tensor_ref<X, 2> dhalo, detail::out_ref<accumulate_t<X>, 2> dw,
+                              workspace<host_memory>&, host_stream) const {
+    detail::causal_conv1d_backward(exec_, segments, x, halo, detail::read_only(w), act, dy, dx, dhalo, dw);
   }
-  template <class T, class Y>
-  void causal_conv1d_step(detail::in_ref<T, 2> x, tensor_ref<T, 3> states, tensor_ref<const std::int32_t, 1> slots,
-                          detail::in_ref<T, 2> w, activation act, tensor_ref<Y, 2> y, host_stream) const {
-    detail::causal_conv1d_step(exec_, x, states, slots, w, act, y);
+  template <class E, class T, class W, class Y>
+  void causal_conv1d_step(tensor_ref<E, 2> x, tensor_ref<T, 3> states, tensor_ref<const std::int32_t, 1> slots,
+                          tensor_ref<W, 2> w, activation act, tensor_ref<Y, 2> y, host_stream) const {
+    detail::causal_conv1d_step(exec_, detail::read_only(x), states, slots, detail::read_only(w), act, y);
   }
 
   // ---- gate.hpp ----
-  template <class T>
-  void gates_forward(detail::in_ref<T, 2> a, detail::in_ref<T, 2> b, detail::in_ref<accumulate_t<T>, 1> a_log,
+  template <class E, class T, class X = std::remove_const_t<E>>
+  void gates_forward(tensor_ref<E, 2> a, detail::in_ref<X, 2> b, detail::in_ref<accumulate_t<T>, 1> a_log,
                      detail::in_ref<accumulate_t<T>, 1> dt_bias, detail::out_ref<accumulate_t<T>, 2> g,
                      tensor_ref<T, 2> beta, host_stream) const {
-    detail::gates_forward(exec_, a, b, a_log, dt_bias, g, beta);
+    detail::gates_forward<X>(exec_, a, b, a_log, dt_bias, g, beta);
   }
   template <class T>
   void gates_backward(detail::in_ref<accumulate_t<T>, 2> dg, detail::in_ref<accumulate_t<T>, 2> dbeta,
@@ -160,10 +160,10 @@ class backend {
                        tensor_ref<T, 3> dx, host_stream) const {
     detail::l2norm_backward(exec_, dy, y, rstd, dx);
   }
-  template <class T>
-  void gated_norm_forward(detail::in_ref<T, 3> o, detail::in_ref<T, 3> z, detail::in_ref<accumulate_t<T>, 1> w,
-                          double eps, tensor_ref<T, 3> y, detail::out_ref<accumulate_t<T>, 2> rstd, host_stream) const {
-    detail::gated_norm_forward(exec_, o, z, w, eps, y, rstd);
+  template <class E, class T, class X = std::remove_const_t<E>>
+  void gated_norm_forward(tensor_ref<E, 3> o, detail::in_ref<X, 3> z, detail::in_ref<accumulate_t<T>, 1> w, double eps,
+                          tensor_ref<T, 3> y, detail::out_ref<accumulate_t<T>, 2> rstd, host_stream) const {
+    detail::gated_norm_forward<X>(exec_, o, z, w, eps, y, rstd);
   }
   template <class T>
   void gated_norm_backward(detail::in_ref<T, 3> dy, detail::in_ref<T, 3> o, detail::in_ref<T, 3> z,
@@ -283,6 +283,7 @@ static_assert(gate_ops<backend<>, float> && gate_ops<backend<>, double>);
 static_assert(norm_ops<backend<>, float> && norm_ops<backend<>, double>);
 static_assert(gated_delta_rule<backend<>, float> && gated_delta_rule<backend<>, double>);
 static_assert(gdn::backend<backend<>, float> && gdn::backend<backend<>, double>);
+static_assert(gdn::backend<backend<>, bfloat16> && gdn::backend<backend<>, float16>);
 static_assert(serving_backend<backend<>, float, bfloat16> && serving_backend<backend<>, double, double>);
 
 }  // namespace kokkos

@@ -102,9 +102,9 @@ inline index_t segment_of(const tensor_ref<const conv_segment, 1>& segments, ind
   return lo;
 }
 
-template <class T, class Y, class Exec>
+template <class T, class W, class Y, class Exec>
 void causal_conv1d_forward(const Exec& exec, tensor_ref<const conv_segment, 1> segments, in_ref<T, 2> x,
-                           in_ref<T, 2> halo, in_ref<T, 2> w, activation act, tensor_ref<Y, 2> y) {
+                           in_ref<T, 2> halo, tensor_ref<const W, 2> w, activation act, tensor_ref<Y, 2> y) {
   using A = accumulate_t<T>;
   constexpr index_t row_block = 64;
   const index_t length = x.extent(0), dim = w.extent(0), width = w.extent(1);
@@ -137,10 +137,10 @@ void causal_conv1d_forward(const Exec& exec, tensor_ref<const conv_segment, 1> s
 
 /// Each item takes some channels through all rows in order, computes p again, and keeps what it still needs: the sums
 /// dw [W, channels] in double, and the last W rows of dx, which later rows add to.
-template <class T, class Exec>
+template <class T, class W, class Exec>
 void causal_conv1d_backward(const Exec& exec, tensor_ref<const conv_segment, 1> segments, in_ref<T, 2> x,
-                            in_ref<T, 2> halo, in_ref<T, 2> w, activation act, in_ref<T, 2> dy, tensor_ref<T, 2> dx,
-                            tensor_ref<T, 2> dhalo, out_ref<accumulate_t<T>, 2> dw) {
+                            in_ref<T, 2> halo, tensor_ref<const W, 2> w, activation act, in_ref<T, 2> dy,
+                            tensor_ref<T, 2> dx, tensor_ref<T, 2> dhalo, out_ref<accumulate_t<T>, 2> dw) {
   using A = accumulate_t<T>;
   const index_t length = x.extent(0), dim = w.extent(0), width = w.extent(1);
   const index_t channel_block = conv_channels_for(width);
@@ -207,10 +207,11 @@ void causal_conv1d_backward(const Exec& exec, tensor_ref<const conv_segment, 1> 
   });
 }
 
-/// A slot may stand in `slots` once.
-template <class T, class Y, class Exec>
-void causal_conv1d_step(const Exec& exec, in_ref<T, 2> x, tensor_ref<T, 3> states,
-                        tensor_ref<const std::int32_t, 1> slots, in_ref<T, 2> w, activation act, tensor_ref<Y, 2> y) {
+/// A slot may stand in `slots` once. The new column is convolved as it comes in x, and rounded where it is kept.
+template <class X, class T, class W, class Y, class Exec>
+void causal_conv1d_step(const Exec& exec, tensor_ref<const X, 2> x, tensor_ref<T, 3> states,
+                        tensor_ref<const std::int32_t, 1> slots, tensor_ref<const W, 2> w, activation act,
+                        tensor_ref<Y, 2> y) {
   using A = accumulate_t<T>;
   const index_t sequences = x.extent(0), dim = w.extent(0), width = w.extent(1);
   expects<shape_error>(width >= 1, "the convolution must have a width of 1 or more, has", width);
@@ -231,12 +232,12 @@ void causal_conv1d_step(const Exec& exec, in_ref<T, 2> x, tensor_ref<T, 3> state
       return;
     }
     A p[conv_channels] = {}, tap[conv_channels];
-    T column[conv_channels];
+    A column[conv_channels];
     for (index_t j = 0; j < width; ++j) {
       for (index_t c = 0; c < channels.count; ++c) {
         const index_t channel = channels.begin + c;
-        column[c] = j + 1 < width ? states(slots(i), channel, j + 1) : x(i, channel);
-        states(slots(i), channel, j) = column[c];
+        column[c] = j + 1 < width ? static_cast<A>(states(slots(i), channel, j + 1)) : static_cast<A>(x(i, channel));
+        states(slots(i), channel, j) = static_cast<T>(column[c]);
         tap[c] = static_cast<A>(w(channel, j));
       }
       add_tap(tap, column, channels.count, p);

@@ -88,9 +88,19 @@ struct recurrent_rule {
   static void prepare(const Exec&, const delta_rule_problem<T, host_memory>&, const delta_rule_inputs<T, host_memory>&,
                       summaries_ref<T, host_memory>) {}
 
+  /// Value heads [first, first + heads).
   template <class T>
-  static void forward(const rule_item<T>& x, const accumulate_t<T>*, const accumulate_t<T>* h0,
-                      tensor_ref<T, 3, host_memory> o, accumulate_t<T>* ht, accumulate_t<T>* scratch) {
+  static void forward(const delta_rule_problem<T, host_memory>& p, const delta_rule_inputs<T, host_memory>& in,
+                      const rule_segment& segment, index_t first, index_t heads, const accumulate_t<T>*,
+                      const_states_ref<T, host_memory> h0, tensor_ref<T, 3, host_memory> o,
+                      states_ref<T, host_memory> ht, accumulate_t<T>* scratch) {
+    for (index_t head = first; head < first + heads; ++head) {
+      forward<T>({p, in, segment, head}, state_at(h0, segment.h0, head), o, state_at(ht, segment.ht, head), scratch);
+    }
+  }
+  template <class T>
+  static void forward(const rule_item<T>& x, const accumulate_t<T>* h0, tensor_ref<T, 3, host_memory> o,
+                      accumulate_t<T>* ht, accumulate_t<T>* scratch) {
     using A = accumulate_t<T>;
     const index_t K = x.K();
     const index_t V = x.V();

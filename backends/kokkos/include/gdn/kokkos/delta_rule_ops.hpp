@@ -32,8 +32,8 @@ template <class T>
 void check_problem(problem_ref<T> p, rule_inputs_ref<T> in) {
   expects<shape_error>(p.key_heads >= 1 && p.value_heads % p.key_heads == 0, "value heads", p.value_heads,
                        "must be a multiple of key heads", p.key_heads);
-  expects<backend_error>(1 <= p.chunk && p.chunk <= chunk<T>::max_chunk, "the chunk length must lie in 1 to",
-                         chunk<T>::max_chunk, ", is", p.chunk);
+  expects<backend_error>(1 <= p.chunk && p.chunk <= max_chunk, "the chunk length must lie in 1 to", max_chunk,
+                         ", is", p.chunk);
   expects_rows(in.q, "q", {p.tokens, p.key_heads, p.key_dim});
   expects_rows(in.k, "k", {p.tokens, p.key_heads, p.key_dim});
   expects_rows(in.v, "v", {p.tokens, p.value_heads, p.value_dim});
@@ -63,10 +63,13 @@ void delta_rule_forward(const Exec& exec, problem_ref<T> p, rule_inputs_ref<T> i
   check_problem<T>(p, in);
   const scoped_mark scope(ws);
   const auto scratch = take_scratch<Rule, T>(exec, p, ws);
-  for_each_item_with_scratch(exec, p.segments.extent(0) * p.value_heads, [&](index_t item, index_t worker) {
-    const rule_segment& s = p.segments(item / p.value_heads);
-    const rule_item<T> x{p, in, s, item % p.value_heads};
-    Rule::forward(x, prepared.data(), state_at(h0, s.h0, x.head), o, state_at(ht, s.ht, x.head), &scratch(worker, 0));
+  // Value heads of a key head share work, if that leaves enough items; a head's bits are the same either way.
+  const bool share = p.segments.extent(0) * p.key_heads >= 2 * worker_count(exec);
+  const index_t heads = share ? p.value_heads / p.key_heads : 1;
+  const index_t groups = p.value_heads / heads;
+  for_each_item_with_scratch(exec, p.segments.extent(0) * groups, [&](index_t item, index_t worker) {
+    Rule::forward(p, in, p.segments(item / groups), item % groups * heads, heads, prepared.data(), h0, o, ht,
+                  &scratch(worker, 0));
   });
 }
 
@@ -143,7 +146,9 @@ void compose(const Exec& exec, index_t heads, index_t K, index_t V,
     bias(e.bias) = bias(e.later_bias);
     add_product(transition(e.later_transition), bias(e.earlier_bias), bias(e.bias));
     if (e.transition >= 0) {
-      multiply(transition(e.later_transition), transition(e.earlier_transition), transition(e.transition));
+      auto composed = transition(e.transition);
+      composed.setZero();
+      add_product(transition(e.later_transition), transition(e.earlier_transition), composed);
     }
   });
 }

@@ -20,8 +20,8 @@ A softplus(A x) {
   return x > A(20) ? x : std::log1p(std::exp(x));
 }
 
-template <class T, class Exec>
-void gates_forward(const Exec& exec, in_ref<T, 2> a, in_ref<T, 2> b, in_ref<accumulate_t<T>, 1> a_log,
+template <class X, class T, class Exec>
+void gates_forward(const Exec& exec, in_ref<X, 2> a, in_ref<X, 2> b, in_ref<accumulate_t<T>, 1> a_log,
                    in_ref<accumulate_t<T>, 1> dt_bias, out_ref<accumulate_t<T>, 2> g, tensor_ref<T, 2> beta) {
   using A = accumulate_t<T>;
   constexpr index_t row_block = 64, head_block = 64;

@@ -19,14 +19,14 @@ namespace kokkos::detail {
 
 /// y tile [rows, columns] = or += x [rows, depth] B [depth, columns] for at most `Rows` rows, through copies: of x and
 /// B in accumulate_t, and of y, which is rounded once at the end. Missing rows up to a full group are zeros.
-template <int BOrder, int Rows, class T>
-void copied_tile(index_t rows, index_t columns, index_t depth, const T* x, index_t x_stride, const T* b,
-                 index_t b_stride, bool add, T* y, index_t y_stride) {
-  using A = accumulate_t<T>;
+template <int BOrder, int Rows, class X, class B, class Y>
+void copied_tile(index_t rows, index_t columns, index_t depth, const X* x, index_t x_stride, const B* b,
+                 index_t b_stride, bool add, Y* y, index_t y_stride) {
+  using A = accumulate_t<Y>;
   using blocks = narrow_blocks;  // as deep and as many columns as the wide ones
   constexpr int block_depth = blocks::depth<A>;
   constexpr int group = rows_at_once<A>;
-  constexpr bool convert = !std::same_as<T, A>;
+  constexpr bool convert = !std::same_as<B, A>;
   static_assert(Rows % group == 0 && Rows <= blocks::rows);
   static_assert(blocks::columns == wide_blocks::columns && block_depth == wide_blocks::depth<A>);
   alignas(64) A xs[Rows * block_depth];
@@ -57,12 +57,12 @@ void copied_tile(index_t rows, index_t columns, index_t depth, const T* x, index
         add_product<Eigen::RowMajor, Eigen::ColMajor, blocks>(padded, columns, kn, xs, kn, bs, kn, ys, columns);
       }
     } else {
-      const T* block = BOrder == Eigen::RowMajor ? b + k0 * b_stride : b + k0;
+      const B* block = BOrder == Eigen::RowMajor ? b + k0 * b_stride : b + k0;
       add_product<Eigen::RowMajor, BOrder, blocks>(padded, columns, kn, xs, kn, block, b_stride, ys, columns);
     }
   }
   for (index_t i = 0; i < rows; ++i) {
-    for (index_t j = 0; j < columns; ++j) y[i * y_stride + j] = static_cast<T>(ys[i * columns + j]);
+    for (index_t j = 0; j < columns; ++j) y[i * y_stride + j] = static_cast<Y>(ys[i * columns + j]);
   }
 }
 
@@ -71,10 +71,12 @@ void copied_tile(index_t rows, index_t columns, index_t depth, const T* x, index
 /// An element is the sum of block sums over `depth`, each in the order of k, whatever row of a tile it stands in: rows
 /// that do not fill one of the kernel's groups are completed with zeros, since the kernel sums smaller groups
 /// in another order. So a row has the same bits alone, in a batch, and on any rank.
-template <int BOrder, class T, class Exec>
-void product_of_rows(const Exec& exec, index_t length, index_t columns, index_t depth, const T* x, index_t x_stride,
-                     const T* b, index_t b_stride, bool add, T* y, index_t y_stride) {
-  using A = accumulate_t<T>;
+template <int BOrder, class X, class B, class Y, class Exec>
+void product_of_rows(const Exec& exec, index_t length, index_t columns, index_t depth, const X* x, index_t x_stride,
+                     const B* b, index_t b_stride, bool add, Y* y, index_t y_stride) {
+  using A = accumulate_t<Y>;
+  static_assert(std::same_as<accumulate_t<X>, A> && std::same_as<accumulate_t<B>, A>);
+  constexpr bool wide = std::same_as<X, A> && std::same_as<B, A> && std::same_as<Y, A>;
   using blocks = wide_blocks;
   constexpr int group = rows_at_once<A>;
   // Column tiles outside: threads that work at the same time share a part of the weight.
@@ -83,13 +85,13 @@ void product_of_rows(const Exec& exec, index_t length, index_t columns, index_t 
   for_each_item(exec, row_tiles * column_tiles, [=](index_t item) {
     const range r = block_at(item % row_tiles, blocks::rows, length);
     const range c = block_at(item / row_tiles, blocks::columns, columns);
-    const T* b_tile = BOrder == Eigen::RowMajor ? b + c.begin : b + c.begin * b_stride;
-    const T* x_tile = x + r.begin * x_stride;
-    T* y_tile = y + r.begin * y_stride + c.begin;
-    if constexpr (std::same_as<T, A>) {
+    const B* b_tile = BOrder == Eigen::RowMajor ? b + c.begin : b + c.begin * b_stride;
+    const X* x_tile = x + r.begin * x_stride;
+    Y* y_tile = y + r.begin * y_stride + c.begin;
+    if constexpr (wide) {
       const index_t full = r.count / group * group;
       if (!add) {
-        for (index_t i = 0; i < full; ++i) std::fill_n(y_tile + i * y_stride, c.count, T(0));
+        for (index_t i = 0; i < full; ++i) std::fill_n(y_tile + i * y_stride, c.count, A(0));
       }
       add_product<Eigen::RowMajor, BOrder, blocks>(full, c.count, depth, x_tile, x_stride, b_tile, b_stride, y_tile,
                                                    y_stride);
@@ -107,8 +109,10 @@ void product_of_rows(const Exec& exec, index_t length, index_t columns, index_t 
   });
 }
 
-template <class T, class Exec>
-void linear_forward(const Exec& exec, in_ref<T, 2> x, in_ref<T, 2> w, tensor_ref<T, 2> y) {
+// x, w, y and their gradients may be of different types with one accumulate_t.
+
+template <class X, class W, class Y, class Exec>
+void linear_forward(const Exec& exec, tensor_ref<const X, 2> x, tensor_ref<const W, 2> w, tensor_ref<Y, 2> y) {
   const index_t length = x.extent(0), in = x.extent(1), out = w.extent(0);
   expects_unit_stride(x, "x");
   expects_rows(w, "w", {out, in});
@@ -117,8 +121,9 @@ void linear_forward(const Exec& exec, in_ref<T, 2> x, in_ref<T, 2> w, tensor_ref
                                    y.stride(0));
 }
 
-template <class T, class Exec>
-void linear_backward_input(const Exec& exec, in_ref<T, 2> dy, in_ref<T, 2> w, tensor_ref<T, 2> dx, bool add) {
+template <class DY, class W, class DX, class Exec>
+void linear_backward_input(const Exec& exec, tensor_ref<const DY, 2> dy, tensor_ref<const W, 2> w, tensor_ref<DX, 2> dx,
+                           bool add) {
   const index_t length = dy.extent(0), out = dy.extent(1), in = w.extent(1);
   expects_unit_stride(dy, "dy");
   expects_rows(w, "w", {out, in});
@@ -128,12 +133,13 @@ void linear_backward_input(const Exec& exec, in_ref<T, 2> dy, in_ref<T, 2> w, te
 }
 
 /// dw [out, in] += dy^T x. Blocks of 256 rows are summed in accumulate_t, and those sums in double.
-template <class T, class Exec>
-void linear_backward_weight(const Exec& exec, in_ref<T, 2> dy, in_ref<T, 2> x, tensor_ref<accumulate_t<T>, 2> dw) {
-  using A = accumulate_t<T>;
+template <class DY, class X, class A, class Exec>
+void linear_backward_weight(const Exec& exec, tensor_ref<const DY, 2> dy, tensor_ref<const X, 2> x,
+                            tensor_ref<A, 2> dw) {
+  static_assert(std::same_as<accumulate_t<DY>, A> && std::same_as<accumulate_t<X>, A>);
   using blocks = narrow_blocks;
   constexpr int block_rows = 256;
-  constexpr int step = std::same_as<T, A> ? block_rows : 64;  // rows that are copied at once
+  constexpr int step = 64;  // rows that are copied next to each other; they lie pages apart
   const index_t length = dy.extent(0), out = dy.extent(1), in = x.extent(1);
   expects_unit_stride(dy, "dy");
   expects_rows(x, "x", {length, in});
@@ -151,21 +157,16 @@ void linear_backward_weight(const Exec& exec, in_ref<T, 2> dy, in_ref<T, 2> x, t
       const index_t end = std::min<index_t>(t0 + block_rows, length);
       for (index_t t = t0; t < end; t += step) {
         const index_t n = std::min<index_t>(step, end - t);
-        const T* dy_block = dy.data() + t * dy.stride(0) + o.begin;
-        const T* x_block = x.data() + t * x.stride(0) + c.begin;
-        if constexpr (std::same_as<T, A>) {
-          add_product<Eigen::ColMajor, Eigen::RowMajor, blocks>(o.count, c.count, n, dy_block, dy.stride(0), x_block,
-                                                                x.stride(0), block, c.count);
-        } else {
-          alignas(64) A dys[step * blocks::rows];
-          alignas(64) A xs[step * blocks::columns];
-          for (index_t i = 0; i < n; ++i) {
-            for (index_t j = 0; j < o.count; ++j) dys[i * o.count + j] = static_cast<A>(dy_block[i * dy.stride(0) + j]);
-            for (index_t j = 0; j < c.count; ++j) xs[i * c.count + j] = static_cast<A>(x_block[i * x.stride(0) + j]);
-          }
-          add_product<Eigen::ColMajor, Eigen::RowMajor, blocks>(o.count, c.count, n, dys, o.count, xs, c.count, block,
-                                                                c.count);
+        const DY* dy_block = dy.data() + t * dy.stride(0) + o.begin;
+        const X* x_block = x.data() + t * x.stride(0) + c.begin;
+        alignas(64) A dys[step * blocks::rows];
+        alignas(64) A xs[step * blocks::columns];
+        for (index_t i = 0; i < n; ++i) {
+          for (index_t j = 0; j < o.count; ++j) dys[i * o.count + j] = static_cast<A>(dy_block[i * dy.stride(0) + j]);
+          for (index_t j = 0; j < c.count; ++j) xs[i * c.count + j] = static_cast<A>(x_block[i * x.stride(0) + j]);
         }
+        add_product<Eigen::ColMajor, Eigen::RowMajor, blocks>(o.count, c.count, n, dys, o.count, xs, c.count, block,
+                                                              c.count);
       }
       for (int i = 0; i < size; ++i) sum[i] += static_cast<double>(block[i]);
     }

@@ -74,8 +74,9 @@ void l2norm_backward(const Exec& exec, in_ref<T, 3> dy, in_ref<T, 3> y, in_ref<a
   });
 }
 
-template <class T, class Exec>
-void gated_norm_forward(const Exec& exec, in_ref<T, 3> o, in_ref<T, 3> z, in_ref<accumulate_t<T>, 1> w, double eps,
+/// o and z in T or accumulate_t.
+template <class X, class T, class Exec>
+void gated_norm_forward(const Exec& exec, in_ref<X, 3> o, in_ref<X, 3> z, in_ref<accumulate_t<T>, 1> w, double eps,
                         tensor_ref<T, 3> y, out_ref<accumulate_t<T>, 2> rstd) {
   using A = accumulate_t<T>;
   const index_t length = o.extent(0), heads = o.extent(1), dim = o.extent(2), vectors = length * heads;
@@ -88,8 +89,8 @@ void gated_norm_forward(const Exec& exec, in_ref<T, 3> o, in_ref<T, 3> z, in_ref
     const range own = block_at(item, vectors_per_item, vectors);
     const A* ws = w.data();
     for (index_t n = own.begin; n < own.end(); ++n) {
-      const T* os = vector_at(o, n);
-      const T* zs = vector_at(z, n);
+      const X* os = vector_at(o, n);
+      const X* zs = vector_at(z, n);
       T* ys = vector_at(y, n);
       const A squares = lane_sum<A>(dim, [=](index_t i) { return static_cast<A>(os[i]) * static_cast<A>(os[i]); });
       const A rho = A(1) / std::sqrt(squares / static_cast<A>(dim) + static_cast<A>(eps));

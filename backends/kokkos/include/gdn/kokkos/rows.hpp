@@ -3,6 +3,7 @@
 /// @file  Moving rows of any trivially copyable elements: copies, runs of an exchange, transposes.
 
 #include <algorithm>
+#include <concepts>
 #include <cstddef>
 #include <cstring>
 #include <type_traits>
@@ -72,8 +73,9 @@ void expects_runs(const tensor_ref<const run, 1>& runs, const tensor_ref<T, 2>& 
   }
 }
 
-template <class T, class Exec>
-void copy_rows(const Exec& exec, in_ref<T, 2> src, tensor_ref<T, 2> dst) {
+/// Elements of another type are converted, each rounded once.
+template <class S, class T, class Exec>
+void copy_rows(const Exec& exec, tensor_ref<const S, 2> src, tensor_ref<T, 2> dst) {
   static_assert(std::is_trivially_copyable_v<T>);
   const index_t rows = dst.extent(0), width = dst.extent(1);
   expects_rows(src, "src", {rows, width});
@@ -81,8 +83,14 @@ void copy_rows(const Exec& exec, in_ref<T, 2> src, tensor_ref<T, 2> dst) {
   const index_t pieces = pieces_for(rows, width);
   for_each_item(exec, pieces, [=](index_t item) {
     const range r = piece_at(item, pieces, rows);
-    move_rows(src.data() + r.begin * src.stride(0), src.stride(0), dst.data() + r.begin * dst.stride(0), dst.stride(0),
-              r.count, width);
+    if constexpr (std::same_as<S, T>) {
+      move_rows(src.data() + r.begin * src.stride(0), src.stride(0), dst.data() + r.begin * dst.stride(0),
+                dst.stride(0), r.count, width);
+    } else {
+      for (index_t i = r.begin; i < r.end(); ++i) {
+        for (index_t j = 0; j < width; ++j) dst(i, j) = static_cast<T>(src(i, j));
+      }
+    }
   });
 }
 
@@ -150,9 +158,9 @@ void fill_zero(const Exec& exec, tensor_ref<T, 2> t) {
   });
 }
 
-/// dst [n, b, a] = src [n, a, b] with its last two axes swapped.
-template <class T, class Exec>
-void swap_axes(const Exec& exec, in_ref<T, 3> src, tensor_ref<T, 3> dst) {
+/// dst [n, b, a] = src [n, a, b] with its last two axes swapped; elements of another type are converted.
+template <class S, class T, class Exec>
+void swap_axes(const Exec& exec, tensor_ref<const S, 3> src, tensor_ref<T, 3> dst) {
   static_assert(std::is_trivially_copyable_v<T>);
   constexpr index_t tile = 32;  // both sides of a tile stay in the first cache
   const index_t n = src.extent(0), a = src.extent(1), b = src.extent(2);
@@ -165,7 +173,7 @@ void swap_axes(const Exec& exec, in_ref<T, 3> src, tensor_ref<T, 3> dst) {
     for (index_t b0 = 0; b0 < b; b0 += tile) {
       const index_t b1 = std::min(b0 + tile, b);
       for (index_t j = b0; j < b1; ++j) {
-        for (index_t i = r.begin; i < r.end(); ++i) dst(m, j, i) = src(m, i, j);
+        for (index_t i = r.begin; i < r.end(); ++i) dst(m, j, i) = static_cast<T>(src(m, i, j));
       }
     }
   });

@@ -20,6 +20,7 @@
 
 #include <mpi.h>
 
+#include <gdn/comm/back_off.hpp>
 #include <gdn/concepts/communicator.hpp>
 #include <gdn/core/error.hpp>
 
@@ -38,19 +39,7 @@ inline void check(int code, std::string_view call) {
 
 namespace detail {
 
-/// Between two looks at what MPI has done: at once first, then other processes get the core, then this one sleeps.
-class back_off {
- public:
-  void reset() { looks_ = 0; }
-  void operator()() {
-    if (++looks_ < 32) return;
-    if (looks_ < 512) return std::this_thread::yield();
-    std::this_thread::sleep_for(std::chrono::microseconds(looks_ < 4096 ? 50 : 500));
-  }
-
- private:
-  int looks_ = 0;
-};
+using gdn::detail::back_off;
 
 /// Waits for one request, no longer than `deadline` unless that is zero.
 inline bool completes(MPI_Request& request, std::chrono::milliseconds deadline, std::string_view call) {

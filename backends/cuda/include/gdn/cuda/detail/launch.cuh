@@ -43,10 +43,17 @@ inline dim3 striding_grid(index_t n, int threads) {
   return grid_of(blocks < 4096 ? blocks : 4096);
 }
 
-/// Sum over a warp; every lane has it. The order is fixed.
-template <class A>
+/// n / by, in 32 bits where they suffice: the wide division is a long routine.
+__device__ inline index_t quotient(index_t n, index_t by) {
+  if (((n | by) >> 32) == 0) return static_cast<index_t>(static_cast<unsigned>(n) / static_cast<unsigned>(by));
+  return n / by;
+}
+
+/// Sum over each `Lanes` neighbouring lanes of a warp; all of them have it. The order is fixed.
+template <class A, int Lanes = 32>
 __device__ inline A warp_sum(A v) {
-  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+#pragma unroll
+  for (int offset = Lanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
   return v;
 }
 

@@ -2,7 +2,11 @@
 #pragma once
 /// @file  A few neighbouring elements of any storage type, moved at once and computed in float.
 
+#include <algorithm>
+#include <cstdint>
+
 #include <gdn/core/storage.hpp>
+#include <gdn/core/tensor.hpp>
 
 namespace gdn {
 inline namespace v0 {
@@ -15,26 +19,67 @@ struct pack {
   __device__ const T& operator[](int i) const { return at[i]; }
 };
 
+/// Aligned for one access, of 16 bytes at most; wider packs take several.
 template <class T, int N>
-struct alignas(sizeof(T) * N) raw_pack {
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) raw_pack {
   T at[N];
 };
 
-/// N elements from an address that is a multiple of their size.
+/// N elements, still as stored, from an address that is a multiple of their size or of 16 bytes.
 template <class T, int N>
-__device__ pack<float, N> load(const T* from) {
-  const raw_pack<T, N> raw = *reinterpret_cast<const raw_pack<T, N>*>(from);
+__device__ raw_pack<T, N> load_raw(const T* from) {
+  return *reinterpret_cast<const raw_pack<T, N>*>(from);
+}
+template <class T, int N>
+__device__ pack<float, N> widen(const raw_pack<T, N>& raw) {
   pack<float, N> out;
 #pragma unroll
   for (int i = 0; i < N; ++i) out[i] = static_cast<float>(raw.at[i]);
   return out;
 }
 template <class T, int N>
+__device__ pack<float, N> load(const T* from) {
+  return widen(load_raw<T, N>(from));
+}
+/// Rounds N values and writes them to device memory, in one access as load_raw() reads them: left to itself, the
+/// compiler splits such stores.
+template <class T, int N>
 __device__ void store(T* to, const pack<float, N>& v) {
-  raw_pack<T, N> raw;
+  constexpr int words = static_cast<int>(sizeof(T)) * N / 4;
+  if constexpr (words * 4 != static_cast<int>(sizeof(T)) * N || (words & (words - 1)) != 0) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) raw.at[i] = static_cast<T>(v[i]);
-  *reinterpret_cast<raw_pack<T, N>*>(to) = raw;
+    for (int i = 0; i < N; ++i) to[i] = static_cast<T>(v[i]);
+  } else {
+    unsigned word[words];
+#pragma unroll
+    for (int i = 0; i < words; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        word[i] = __float_as_uint(v[i]);
+      } else {
+        word[i] = static_cast<unsigned>(T(v[2 * i]).bits) | static_cast<unsigned>(T(v[2 * i + 1]).bits) << 16;
+      }
+    }
+    if constexpr (words == 1) *reinterpret_cast<unsigned*>(to) = word[0];
+    if constexpr (words == 2) {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(word[0]), "r"(word[1])
+                   : "memory");
+    }
+#pragma unroll
+    for (int i = 0; i + 4 <= words; i += 4) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to) + 4 * i), "r"(word[i]),
+                   "r"(word[i + 1]), "r"(word[i + 2]), "r"(word[i + 3])
+                   : "memory");
+    }
+  }
+}
+
+/// True if packs of N elements may be moved: the address and the strides are multiples of a pack's alignment.
+template <class T, int R, class M>
+bool moves_in_packs(const tensor_ref<T, R, M>& t, index_t n) {
+  const index_t bytes = std::min<index_t>(n * static_cast<index_t>(sizeof(T)), 16);
+  bool good = reinterpret_cast<std::uintptr_t>(t.data()) % static_cast<std::uintptr_t>(bytes) == 0;
+  for (int axis = 0; axis + 1 < R; ++axis) good = good && t.stride(axis) * static_cast<index_t>(sizeof(T)) % bytes == 0;
+  return good && t.extent(R - 1) % n == 0 && (t.stride(R - 1) == 1 || t.extent(R - 1) <= 1);
 }
 
 }  // namespace cuda::detail

@@ -19,6 +19,11 @@ namespace kokkos::detail {
 /// A tensor that is only read. It takes no part in deduction, so mutable tensors convert to it.
 template <class T, int Rank>
 using in_ref = tensor_ref<const std::type_identity_t<T>, Rank, host_memory>;
+/// For arguments of any type, which have to be deduced.
+template <class T, int Rank>
+tensor_ref<const T, Rank> read_only(const tensor_ref<T, Rank>& t) noexcept {
+  return t;
+}
 /// A tensor that is written and takes no part in deduction.
 template <class T, int Rank>
 using out_ref = tensor_ref<std::type_identity_t<T>, Rank, host_memory>;

@@ -3,6 +3,6 @@
 #include <cuda/setup.cuh>
 
 namespace gdn_test {
-INSTANTIATE_TYPED_TEST_SUITE_P(cuda_float, states_conformance, cuda_setup<float>);
 INSTANTIATE_TYPED_TEST_SUITE_P(cuda_bfloat16, states_conformance, cuda_setup<gdn::bfloat16>);
+INSTANTIATE_TYPED_TEST_SUITE_P(cuda_float16, states_conformance, cuda_setup<gdn::float16>);
 }  // namespace gdn_test

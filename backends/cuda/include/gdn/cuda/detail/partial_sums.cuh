@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// @file  Sums of gradients over tokens: partial sums of tiles, added in one fixed order.
+
+#include <gdn/core/tensor.hpp>
+#include <gdn/cuda/detail/launch.cuh>
+
+namespace gdn {
+inline namespace v0 {
+namespace cuda::detail {
+
+/// to[i] += sum over tiles of partial[tile, i]. A warp's lanes own neighbouring sums; each of 32 warps adds every 32nd
+/// tile, and the warps' sums are added in one fixed order.
+template <class A>
+__global__ void __launch_bounds__(1024)
+    add_partial_sums_kernel(const A* partial, index_t tiles, index_t n, A* to, index_t row, index_t to_stride) {
+  __shared__ double sums[32][33];
+  const auto lane = static_cast<int>(threadIdx.x % 32);
+  const auto warp = static_cast<int>(threadIdx.x / 32);
+  const index_t first = blockIdx.x * index_t{32};
+  double sum = 0;
+  if (first + lane < n) {
+#pragma unroll 4
+    for (index_t t = warp; t < tiles; t += 32) sum += static_cast<double>(partial[t * n + first + lane]);
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  const index_t i = first + warp;
+  sum = warp_sum(sums[lane][warp]);
+  if (lane > 0 || i >= n) return;
+  A& target = to[i / row * to_stride + i % row];
+  target = static_cast<A>(static_cast<double>(target) + sum);
+}
+
+inline void add_partial_sums(const float* partial, index_t tiles, tensor_ref<float, 2, device_memory> to,
+                             stream_ref s) {
+  launch("add_partial_sums", add_partial_sums_kernel<float>, grid_of(divide_up(to.size(), 32)), 1024, 0, s, partial,
+         tiles, to.size(), to.data(), to.extent(1), to.stride(0));
+}
+
+}  // namespace cuda::detail
+}  // namespace v0
+}  // namespace gdn

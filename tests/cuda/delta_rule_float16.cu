@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <conformance/delta_rule.hpp>
+#include <cuda/setup.cuh>
+
+namespace gdn_test {
+INSTANTIATE_TYPED_TEST_SUITE_P(cuda_float16, delta_rule_conformance, cuda_setup<gdn::float16>);
+}  // namespace gdn_test

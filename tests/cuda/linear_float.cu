@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <conformance/linear.hpp>
+#include <cuda/setup.cuh>
+
+namespace gdn_test {
+INSTANTIATE_TYPED_TEST_SUITE_P(cuda_float, linear_conformance, cuda_setup<float>);
+}  // namespace gdn_test

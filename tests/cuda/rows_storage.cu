@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <conformance/rows.hpp>
+#include <cuda/setup.cuh>
+
+namespace gdn_test {
+INSTANTIATE_TYPED_TEST_SUITE_P(cuda_bfloat16, rows_conformance, cuda_setup<gdn::bfloat16>);
+INSTANTIATE_TYPED_TEST_SUITE_P(cuda_float16, rows_conformance, cuda_setup<gdn::float16>);
+}  // namespace gdn_test
