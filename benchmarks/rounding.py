@@ -3,6 +3,7 @@
 """What each rounding to 16 bits costs: the fp64 recurrence of a bundle, rounded at chosen places and nowhere else.
 
   rounding.py [--dtype bf16|f16] [--places P,P,...] [--each] [--own] BUNDLE...
+  rounding.py [--dtype bf16|f16] --program GDN_RUN BUNDLE...
 
 Places are the tensors of a layer: forward `f:` qkv z b a (projections), conv (q, k before l2norm), v, qk (of unit
 length), beta, o, n, y; backward `b:` the gradients that arrive at the same tensors. Weights and input are always rounded:
@@ -10,13 +11,21 @@ that is the floor, what a layer of this type loses before it computes anything. 
 the floor; `--own` compares with the exact results of the rounded weights and input, so that only the places count.
 Prints rms(error)/rms(exact) per expected tensor, the worst over the bundles.
 
+`--program` runs gdn-run instead and compares its errors with the floor, and with the floor plus what a layer has to
+round (unit q and k, beta): quantiles of the ratios, and how many tensors exceed their limits. Small random layers
+are badly conditioned now and then: a vector that is nearly 0 before it gets unit length. There one rounding more or
+less moves a gradient by many times the floor, either way.
+
 Requires the packages of scripts/make_bundles.py.
 """
 
 import argparse
 import importlib.util
+import json
 import math
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -109,14 +118,53 @@ def errors(config, t, exact, dtype, places):
     return {name: size(got[name] - want) / size(want) for name, want in exact.items() if want.numel() and size(want)}
 
 
+KINDS = {
+    "outputs and states": lambda n: "grad." not in n,
+    "gradients through the norms of q and k": lambda n: any(
+        k in n for k in ("grad.hidden_states", "in_proj_qkv", "conv1d", "initial_conv_state")
+    ),
+    "other gradients": lambda n: True,
+}
+
+
+def compare_program(options, dtype):
+    """errors of gdn-run beside the floor's: kind -> [(error, floor, required, limit)]"""
+    found = {kind: [] for kind in KINDS}
+    for path in options.bundles:
+        config, _, t = make_bundles.read_bundle(path)
+        exact = run(config, t, None, [])
+        floor, required = (errors(config, t, exact, dtype, places) for places in ([], ["f:qk", "f:beta"]))
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report"
+            command = [options.program, "--dtype", options.dtype, "--json", report, path]
+            subprocess.run(command, stdout=subprocess.DEVNULL)
+            for row in json.loads(report.read_text())["tensors"]:
+                name = row["name"] if row["name"].startswith("expected.") else "expected." + row["name"]
+                if floor.get(name, 0) > 1e-2 * row["limit"]:  # a bundle of 16-bit numbers loses nothing at the floor
+                    kind = next(k for k, holds in KINDS.items() if holds(name))
+                    found[kind].append((row["rel_rms"], floor[name], required[name], row["limit"]))
+    print(f"| {options.dtype} | tensors | error / floor: half, 90 % below | error / required: half, 90 %, 98 % below"
+          " | over the limit: floor, required, gdn |\n|---|---|---|---|---|")
+    for kind, rows in found.items():
+        at = lambda values, q: f"{sorted(values)[min(len(rows) - 1, int(q * len(rows)))]:.2f}"
+        by_floor, by_required = [e / f for e, f, _, _ in rows], [e / r for e, _, r, _ in rows]
+        over = [sum(value[i] > value[3] for value in rows) for i in (1, 2, 0)]
+        print(f"| {kind} | {len(rows)} | {at(by_floor, .5)}, {at(by_floor, .9)} | {at(by_required, .5)}, "
+              f"{at(by_required, .9)}, {at(by_required, .98)} | {over[0]}, {over[1]}, {over[2]} |")
+
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("bundles", nargs="+")
 parser.add_argument("--dtype", default="bf16", choices=LIMITS)
 parser.add_argument("--places", default="")
 parser.add_argument("--each", action="store_true")
 parser.add_argument("--own", action="store_true")
+parser.add_argument("--program", metavar="GDN_RUN")
 options = parser.parse_args()
 dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[options.dtype]
+if options.program:
+    compare_program(options, dtype)
+    sys.exit()
 sets = {"floor": []} | ({p: [p] for p in PLACES} if options.each else {})
 if options.places:
     sets[options.places] = PLACES if options.places == "all" else options.places.split(",")

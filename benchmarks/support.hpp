@@ -22,6 +22,7 @@ using gdn::index_t;
 /// Memory for a workspace, touched so that no benchmark pays for its pages.
 class block {
  public:
+  block() = default;
   explicit block(gdn::memory_requirement need) : bytes_(need.bytes + 256, std::byte{0}) {}
   gdn::workspace<gdn::host_memory> workspace() {
     const auto at = reinterpret_cast<std::uintptr_t>(bytes_.data());
