@@ -3,6 +3,7 @@
 /// @file  One rank alone: the communicator of a layer without context parallelism.
 
 #include <atomic>
+#include <cstddef>
 #include <cstring>
 #include <span>
 
@@ -12,20 +13,23 @@
 namespace gdn {
 inline namespace v0 {
 
-/// A group of one, over host memory. Its only messages are to itself.
-class self_communicator {
+namespace detail {
+
+/// A group of one: its messages to itself are copies. @tparam Copy copies bytes: (to, from, bytes, stream)
+template <memory_kind Memory, class Stream, auto Copy>
+class group_of_one {
  public:
-  using memory_type = host_memory;
-  using stream_type = host_stream;
+  using memory_type = Memory;
+  using stream_type = Stream;
 
   int rank() const noexcept { return 0; }
   int size() const noexcept { return 1; }
   comm_state state() const noexcept { return state_; }
-  void exchange(std::span<const send_op> sends, std::span<const recv_op> recvs, host_stream) {
+  void exchange(std::span<const send_op> sends, std::span<const recv_op> recvs, Stream s) {
     expects<comm_error>(state() == comm_state::ok, "rank 0 cannot exchange: its communicator has",
                         state() == comm_state::aborted ? "been aborted" : "failed");
     try {
-      copy(sends, recvs);
+      copy(sends, recvs, s);
     } catch (...) {
       end(comm_state::failed);
       throw;
@@ -38,7 +42,7 @@ class self_communicator {
     comm_state ok = comm_state::ok;
     state_.compare_exchange_strong(ok, how);
   }
-  static void copy(std::span<const send_op> sends, std::span<const recv_op> recvs) {
+  static void copy(std::span<const send_op> sends, std::span<const recv_op> recvs, Stream s) {
     expects<comm_error>(sends.size() == recvs.size(), "rank 0 sends itself", sends.size(), "messages but receives",
                         recvs.size());
     for (std::size_t i = 0; i < sends.size(); ++i) {
@@ -46,12 +50,19 @@ class self_communicator {
                           sends[i].peer != 0 ? sends[i].peer : recvs[i].peer);
       expects<comm_error>(sends[i].bytes == recvs[i].bytes, "rank 0 sends itself", sends[i].bytes,
                           "bytes but receives", recvs[i].bytes);
-      std::memcpy(recvs[i].data, sends[i].data, sends[i].bytes);
+      Copy(recvs[i].data, sends[i].data, sends[i].bytes, s);
     }
   }
 
   std::atomic<comm_state> state_ = comm_state::ok;  // abort() may come from another thread
 };
+
+inline void copy_on_host(void* to, const void* from, std::size_t bytes, host_stream) { std::memcpy(to, from, bytes); }
+
+}  // namespace detail
+
+/// The only rank, over host memory.
+class self_communicator : public detail::group_of_one<host_memory, host_stream, detail::copy_on_host> {};
 static_assert(communicator<self_communicator>);
 
 }  // namespace v0
