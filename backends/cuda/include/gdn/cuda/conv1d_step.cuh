@@ -44,7 +44,7 @@ __global__ void conv_step_kernel(tensor_ref<const T, 2, device_memory> x, tensor
       p += static_cast<float>(weight(channel, j)) * static_cast<float>(v);
     }
   }
-  y(row, channel) = static_cast<Y>(apply<Y>(act, p));
+  y(row, channel) = static_cast<Y>(apply<T>(act, p));
 }
 
 template <class T, class Y>

@@ -12,127 +12,142 @@ namespace gdn {
 inline namespace v0 {
 namespace cuda::detail {
 
-inline constexpr int step_columns = 64;  // of V, per block
 inline constexpr int step_threads = 128;
 
-/// Where the threads of a block stand in its K x 64 part of a state whose last axis has unit stride: a thread owns 16
-/// bytes of a row and R rows, `groups` apart, so that a warp reads neighbouring rows.
+/// Where the threads of a block stand in its part of a state whose last axis has unit stride: 256 bytes of each row, 16
+/// per thread (memory does not like shorter pieces), and R rows of a thread, `groups` apart.
 template <class S, int R>
 struct step_tile {
   static constexpr int N = 16 / static_cast<int>(sizeof(S));
-  static constexpr int lanes = step_columns / N;
+  static constexpr int lanes = 16;
+  static constexpr int columns = lanes * N;
   static constexpr int groups = step_threads / lanes;
   static constexpr int rows = R * groups;
+  /// Blocks on a multiprocessor, so that the raw state fits into the registers, but hardly the same as floats.
+  static constexpr int blocks = R > 16 ? 2 : 4;
 };
 
-/// A block does 64 columns of one state, all of it in flight at once. Both S^T k and S^T q are taken of the old state:
-/// u = b (v - a S^T k), o = scale (a S^T q + u (k q)), S <- a S + k u^T.
+/// A block does these columns of one state, all of it in flight at once. Both S^T k and S^T q are taken of the old
+/// state: u = b (v - a S^T k), o = scale (a S^T q + u (k q)), S <- a S + k u^T. `ratio`: value heads per key head.
 template <class T, class S, int R>
-__global__ void __launch_bounds__(step_threads)
+__global__ void __launch_bounds__(step_threads, step_tile<S, R>::blocks)
     step_tile_kernel(float scale, delta_rule_inputs<T, device_memory> in, tensor_ref<S, 4, device_memory> states,
-                     const std::int32_t* slots, tensor_ref<T, 3, device_memory> o) {
+                     const std::int32_t* slots, tensor_ref<T, 3, device_memory> o, unsigned ratio) {
   using tile = step_tile<S, R>;
   constexpr int N = tile::N;
   constexpr int warps = step_threads / 32;
-  __shared__ float k[tile::rows], q[tile::rows], kq[warps];
-  __shared__ __align__(16) float sums[2][warps][step_columns];  // read in packs
-  const index_t K = in.k.extent(2);
+  constexpr int keys = (tile::rows + step_threads - 1) / step_threads;  // of a thread
+  __shared__ float2 kq[tile::rows];
+  __shared__ float dots[warps];
+  __shared__ __align__(16) float sums[warps][2 * tile::columns];  // of S^T k, then of S^T q; moved in packs
+  __shared__ __align__(16) float totals[2 * tile::columns];
+  const auto K = static_cast<int>(in.k.extent(2));
   const index_t row = blockIdx.x;
   const index_t head = blockIdx.y;
-  const index_t key_head = quotient(head, quotient(in.v.extent(1), in.k.extent(1)));
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int column = static_cast<int>(threadIdx.x) % tile::lanes * N;
-  const int group = static_cast<int>(threadIdx.x) / tile::lanes;
-  const index_t v = blockIdx.z * static_cast<index_t>(step_columns) + column;
+  const index_t key_head = blockIdx.y / ratio;
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int column = thread % tile::lanes * N;
+  const int group = thread / tile::lanes;
+  index_t v = blockIdx.z * static_cast<index_t>(tile::columns) + column;
   const bool inside = v < in.v.extent(2);
+  if (!inside) v = 0;  // loads are harmless
+  // What does not depend on the slot is on its way before the slot is known.
+  float2 mine[keys];
+#pragma unroll
+  for (int j = 0; j < keys; ++j) {
+    const int i = j * step_threads + thread;
+    mine[j] = {0, 0};
+    if (i < K) mine[j] = {static_cast<float>(in.k(row, key_head, i)), static_cast<float>(in.q(row, key_head, i))};
+  }
+  const raw_pack<T, N> value = load_raw<T, N>(&in.v(row, head, v));
+  const float g = in.g(row, head);
+  const float beta = static_cast<float>(in.beta(row, head));
   const std::int32_t slot = slots[row];
   if (slot < 0) {
     if (group == 0 && inside) store<T, N>(&o(row, head, v), {});
     return;
   }
-  S* const at = &states(slot, head, group, v);
-  const index_t stride = states.stride(2) * tile::groups;
+  const index_t stride = states.stride(2);
+  S* to = &states(slot, head, 0, v) + group * stride;
+  const S* from = group < K ? to : &states(slot, head, 0, v);
   raw_pack<S, N> state[R];
 #pragma unroll
-  for (int i = 0; i < R; ++i) {
-    state[i] = raw_pack<S, N>{};
-    if (inside && i * tile::groups + group < K) state[i] = load_raw<S, N>(at + i * stride);
+  for (int i = 0; i < R; ++i) {  // behind the last row that one again, without weight
+    state[i] = load_raw<S, N>(from);
+    if ((i + 1) * tile::groups + group < K) from += tile::groups * stride;
   }
-  const float alpha = expf(in.g(row, head));
-  const float beta = static_cast<float>(in.beta(row, head));
-  pack<float, N> u{};
-  if (inside) u = load<T, N>(&in.v(row, head, v));
   float product = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < tile::rows; i += step_threads) {
-    k[i] = i < K ? static_cast<float>(in.k(row, key_head, i)) : 0.0f;
-    q[i] = i < K ? static_cast<float>(in.q(row, key_head, i)) : 0.0f;
-    product += k[i] * q[i];
+#pragma unroll
+  for (int j = 0; j < keys; ++j) {
+    const int i = j * step_threads + thread;
+    if (tile::rows % step_threads == 0 || i < tile::rows) kq[i] = mine[j];
+    product += mine[j].x * mine[j].y;
   }
   product = warp_sum(product);
-  if (threadIdx.x % 32 == 0) kq[warp] = product;
+  if (thread % 32 == 0) dots[thread / 32] = product;
+  const float alpha = expf(g);
   __syncthreads();
 
   pack<float, N> sk{}, sq{};
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     const pack<float, N> s = widen(state[i]);
-    const float ki = k[i * tile::groups + group];
-    const float qi = q[i * tile::groups + group];
+    const float2 weights = kq[i * tile::groups + group];
 #pragma unroll
     for (int c = 0; c < N; ++c) {
-      sk[c] += ki * s[c];
-      sq[c] += qi * s[c];
+      sk[c] += weights.x * s[c];
+      sq[c] += weights.y * s[c];
     }
   }
 #pragma unroll
   for (int c = 0; c < N; ++c) {
-#pragma unroll
-    for (int offset = tile::lanes; offset < 32; offset *= 2) {
-      sk[c] += __shfl_xor_sync(0xffffffffu, sk[c], offset);
-      sq[c] += __shfl_xor_sync(0xffffffffu, sq[c], offset);
-    }
+    sk[c] += __shfl_xor_sync(0xffffffffu, sk[c], tile::lanes);
+    sq[c] += __shfl_xor_sync(0xffffffffu, sq[c], tile::lanes);
   }
-  if (static_cast<int>(threadIdx.x) % 32 < tile::lanes) {
+  if (thread % 32 < tile::lanes) {
+    float* own = &sums[thread / 32][column];
 #pragma unroll
     for (int c = 0; c < N; ++c) {
-      sums[0][warp][column + c] = sk[c];
-      sums[1][warp][column + c] = sq[c];
+      own[c] = sk[c];
+      own[tile::columns + c] = sq[c];
     }
   }
   __syncthreads();
-  sk = sq = {};
 #pragma unroll
-  for (int w = 0; w < warps; ++w) {
-    const pack<float, N> more_k = load<float, N>(&sums[0][w][column]);
-    const pack<float, N> more_q = load<float, N>(&sums[1][w][column]);
+  for (int i = thread; i < 2 * tile::columns; i += step_threads) {
+    float sum = 0;
 #pragma unroll
-    for (int c = 0; c < N; ++c) {
-      sk[c] += more_k[c];
-      sq[c] += more_q[c];
-    }
+    for (int w = 0; w < warps; ++w) sum += sums[w][i];
+    totals[i] = sum;
   }
+  __syncthreads();
+
   if (!inside) return;
+  pack<float, N> u = widen(value);
+  sk = load<float, N>(&totals[column]);
 #pragma unroll
   for (int c = 0; c < N; ++c) u[c] = beta * (u[c] - alpha * sk[c]);
 #pragma unroll
-  for (int i = 0; i < R; ++i) {
-    if (i * tile::groups + group >= K) break;
-    const float ki = k[i * tile::groups + group];
-    pack<float, N> s = widen(state[i]);
+  for (int i = 0; i < R; ++i, to += tile::groups * stride) {
+    const float key = kq[i * tile::groups + group].x;
+    pack<float, N> s = widen_again(state[i]);
 #pragma unroll
-    for (int c = 0; c < N; ++c) s[c] = alpha * s[c] + ki * u[c];
-    store<S, N>(at + i * stride, s);
+    for (int c = 0; c < N; ++c) s[c] = alpha * s[c] + key * u[c];
+    if (i * tile::groups + group < K) store<S, N>(to, s);
   }
   if (group == 0) {
     float dot = 0;
-    for (int w = 0; w < warps; ++w) dot += kq[w];
+#pragma unroll
+    for (int w = 0; w < warps; ++w) dot += dots[w];
+    sq = load<float, N>(&totals[tile::columns + column]);
 #pragma unroll
     for (int c = 0; c < N; ++c) sq[c] = scale * (alpha * sq[c] + u[c] * dot);
     store<T, N>(&o(row, head, v), sq);
   }
 }
 
-inline constexpr int step_rows = 32;  // of the state, in the registers of one thread of the general kernel
+inline constexpr int step_columns = 64;  // of V, per block of the general kernel
+inline constexpr int step_rows = 32;     // of the state, in the registers of one of its threads
 
 /// The same for any strides: a thread holds step_rows rows of one column.
 template <class T, class S>
@@ -203,20 +218,22 @@ void delta_rule_step(float scale, const delta_rule_inputs<T, device_memory>& in,
                      tensor_ref<const std::int32_t, 1, device_memory> slots, tensor_ref<T, 3, device_memory> o,
                      stream_ref s) {
   const index_t K = in.k.extent(2);
-  const dim3 grid = grid_of(slots.extent(0), in.v.extent(1), divide_up(in.v.extent(2), step_columns));
+  const auto grid = [&](index_t columns) {
+    return grid_of(slots.extent(0), in.v.extent(1), divide_up(in.v.extent(2), columns));
+  };
   constexpr int N = step_tile<S, 1>::N;
   if (K <= 256 && moves_in_packs(states, N) && moves_in_packs(in.v, N) && moves_in_packs(o, N)) {
     const auto run = [&](auto kernel) {
-      launch("delta_rule_step", kernel, grid, step_threads, 0, s, scale, in, states, slots.data(), o);
+      launch("delta_rule_step", kernel, grid(step_tile<S, 1>::columns), step_threads, 0, s, scale, in, states,
+             slots.data(), o, static_cast<unsigned>(in.v.extent(1) / in.k.extent(1)));
     };
-    constexpr int R = 128 / step_tile<S, 1>::groups;  // rows of a thread where K = 128
-    if (K <= 64) return run(step_tile_kernel<T, S, R / 2>);
-    if (K <= 128) return run(step_tile_kernel<T, S, R>);
-    return run(step_tile_kernel<T, S, 2 * R>);
+    if (K <= 64) return run(step_tile_kernel<T, S, 8>);
+    if (K <= 128) return run(step_tile_kernel<T, S, 16>);
+    return run(step_tile_kernel<T, S, 32>);
   }
   const index_t groups = divide_up(K, step_rows);
   expects<backend_error>(groups * step_columns <= 1024, "the decode step holds keys of up to 512 elements, not", K);
-  launch("delta_rule_step", step_kernel<T, S>, grid, static_cast<int>(groups * step_columns),
+  launch("delta_rule_step", step_kernel<T, S>, grid(step_columns), static_cast<int>(groups * step_columns),
          static_cast<std::size_t>(2 * K + 2 * groups * step_columns) * sizeof(float), s, scale, in, states,
          slots.data(), o);
 }

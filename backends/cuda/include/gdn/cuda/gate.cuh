@@ -11,8 +11,9 @@ namespace gdn {
 inline namespace v0 {
 namespace cuda::detail {
 
-inline constexpr index_t gate_tile = 64;  // rows per partial sum
 inline constexpr int gate_warps = 8;
+inline constexpr int gate_rows = 4;  // of a warp
+inline constexpr index_t gate_tile = gate_warps * gate_rows;
 
 /// log(1 + e^x), and x itself above 20, as torch's softplus.
 __device__ inline float softplus(float x) {
@@ -52,16 +53,26 @@ __global__ void __launch_bounds__(32 * gate_warps)
   double d_log = 0;
   double d_bias = 0;
   if (h < heads) {
+    struct {
+      float a, b, dg, d_beta;
+    } in[gate_rows];  // all of them under way before the first store, which loads would not overtake
+#pragma unroll
+    for (int i = 0; i < gate_rows; ++i) {
+      const index_t t = begin + warp + i * gate_warps;
+      if (t < end) in[i] = {static_cast<float>(a(t, h)), static_cast<float>(b(t, h)), dg(t, h), d_beta(t, h)};
+    }
     const float rate = -expf(A_log[h]);
     const float bias = dt_bias[h];
-#pragma unroll 4
-    for (index_t t = begin + warp; t < end; t += gate_warps) {
-      const float x = static_cast<float>(a(t, h)) + bias;
-      const float d = dg(t, h) * rate;
+#pragma unroll
+    for (int i = 0; i < gate_rows; ++i) {
+      const index_t t = begin + warp + i * gate_warps;
+      if (t >= end) break;
+      const float x = in[i].a + bias;
+      const float d = in[i].dg * rate;
       const float slope_a = d * (x > 20.0f ? 1.0f : sigmoid(x));
-      const float s = sigmoid(static_cast<float>(b(t, h)));
+      const float s = sigmoid(in[i].b);
       da(t, h) = static_cast<T>(slope_a);
-      db(t, h) = static_cast<T>(d_beta(t, h) * s * (1.0f - s));
+      db(t, h) = static_cast<T>(in[i].d_beta * s * (1.0f - s));
       d_log += static_cast<double>(d) * static_cast<double>(softplus(x));
       d_bias += static_cast<double>(slope_a);
     }
@@ -99,8 +110,7 @@ void gates_backward(in_ref<float, 2> dg, in_ref<float, 2> d_beta, in_ref<T, 2> a
   const auto partial = ws.take<float>(2, tiles, heads);
   launch("gates_backward", gates_backward_kernel<T>, grid_of(tiles, divide_up(heads, 32)), 32 * gate_warps, 0, s, dg,
          d_beta, a, b, A_log.data(), dt_bias.data(), da, db, partial.data());
-  add_partial_sums(partial.data(), tiles, make_tensor<device_memory>(dA_log.data(), 1, heads), s);
-  add_partial_sums(partial.data() + tiles * heads, tiles, make_tensor<device_memory>(d_dt_bias.data(), 1, heads), s);
+  add_partial_sums(partial.data(), tiles, dA_log, d_dt_bias, s);
 }
 
 }  // namespace cuda::detail

@@ -8,11 +8,16 @@
 
 #include <gdn/core/tensor.hpp>
 #include <gdn/cuda/detail/launch.cuh>
+#include <gdn/cuda/detail/vector.cuh>
 #include <gdn/cuda/rows.cuh>
 
 namespace gdn {
 inline namespace v0 {
 namespace cuda::detail {
+
+inline constexpr int state_threads = 256;
+/// Of a row, which a thread has under way together.
+inline constexpr int state_packs = 4;
 
 template <class To, class From>
 __device__ inline To converted(From v) {
@@ -56,6 +61,39 @@ __global__ void move_states_kernel(tensor_ref<const From, 4, device_memory> from
   }
 }
 
+/// The same where both have rows along V that can be moved in packs of N elements: no tile is turned.
+template <bool Load, class From, class To, int N>
+__global__ void __launch_bounds__(state_threads)
+    move_state_rows_kernel(tensor_ref<const From, 4, device_memory> from, tensor_ref<To, 4, device_memory> to,
+                           const std::int32_t* slots) {
+  const auto packs = static_cast<unsigned>(to.extent(3)) / N;  // of a row
+  const auto n = static_cast<unsigned>(to.extent(2)) * packs;
+  const index_t row = blockIdx.x;
+  const index_t head = blockIdx.y;
+  const std::int32_t slot = slots[row];
+  if (!Load && slot < 0) return;
+  const bool zeros = Load ? slot < 0 : from.data() == nullptr;
+  const unsigned first = blockIdx.z * (state_packs * state_threads) + threadIdx.x;
+  raw_pack<From, N> values[state_packs];
+#pragma unroll
+  for (int k = 0; k < state_packs; ++k) {
+    const unsigned i = first + k * state_threads;
+    values[k] = raw_pack<From, N>{};
+    if (i < n && !zeros) values[k] = load_raw<From, N>(&from(Load ? slot : row, head, i / packs, i % packs * N));
+  }
+#pragma unroll
+  for (int k = 0; k < state_packs; ++k) {
+    const unsigned i = first + k * state_threads;
+    if (i >= n) continue;
+    To* at = &to(Load ? row : slot, head, i / packs, i % packs * N);
+    if constexpr (std::same_as<To, From>) {
+      *reinterpret_cast<raw_pack<To, N>*>(at) = values[k];
+    } else {
+      store<To, N>(at, widen(values[k]));
+    }
+  }
+}
+
 template <class T>
 bool keys_unit(const tensor_ref<T, 4, device_memory>& pool, std::string_view name) {
   const auto unit = [&](int axis) { return pool.stride(axis) == 1 || pool.extent(axis) <= 1; };
@@ -67,9 +105,15 @@ bool keys_unit(const tensor_ref<T, 4, device_memory>& pool, std::string_view nam
 template <bool Load, class From, class To>
 void move_states(tensor_ref<const From, 4, device_memory> from, tensor_ref<To, 4, device_memory> to,
                  tensor_ref<const std::int32_t, 1, device_memory> slots, bool keys_unit, stream_ref s) {
+  constexpr int N = 4;
+  if (!keys_unit && moves_in_packs(to, N) && (from.data() == nullptr || moves_in_packs(from, N))) {
+    const index_t parts = divide_up(to.extent(2) * to.extent(3), N * state_packs * state_threads);
+    return launch(Load ? "load_states" : "store_states", move_state_rows_kernel<Load, From, To, N>,
+                  grid_of(slots.extent(0), to.extent(1), parts), state_threads, 0, s, from, to, slots.data());
+  }
   const index_t tiles = divide_up(to.extent(2), 32) * divide_up(to.extent(3), 32);
   launch(Load ? "load_states" : "store_states", move_states_kernel<Load, From, To>,
-         grid_of(slots.extent(0), to.extent(1), tiles), 256, 0, s, from, to, slots.data(), keys_unit);
+         grid_of(slots.extent(0), to.extent(1), tiles), state_threads, 0, s, from, to, slots.data(), keys_unit);
 }
 
 template <class S, class A>

@@ -6,6 +6,8 @@
 
 #include <gdn/core/storage.hpp>
 #include <gdn/core/types.hpp>
+#include <gdn/cuda/detail/async_copy.cuh>
+#include <gdn/cuda/detail/async_copy.cuh>
 
 namespace gdn {
 inline namespace v0 {
@@ -66,16 +68,6 @@ __device__ inline void ldmatrix_transposed(std::uint32_t (&r)[4], std::uint32_t 
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
-}
-
-/// 16 bytes from global to shared memory, asynchronously; zeros if not `valid`.
-__device__ inline void copy_async(std::uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int Pending>
-__device__ inline void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
 __device__ inline float exp2_fast(float x) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include <gdn/core/storage.hpp>
 #include <gdn/core/tensor.hpp>
@@ -19,13 +20,16 @@ struct pack {
   __device__ const T& operator[](int i) const { return at[i]; }
 };
 
-/// Aligned for one access, of 16 bytes at most; wider packs take several.
+/// N elements as stored, aligned for one access, of 16 bytes at most; wider packs take several. In words where they
+/// fill some: as elements of 16 bits, each would take a register of its own.
 template <class T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) raw_pack {
-  T at[N];
+  static constexpr bool in_words = sizeof(T) * N % 4 == 0;
+  static constexpr int per_word = in_words ? static_cast<int>(4 / sizeof(T)) : 1;
+  std::conditional_t<in_words, std::uint32_t, T> at[N / per_word];
 };
 
-/// N elements, still as stored, from an address that is a multiple of their size or of 16 bytes.
+/// From an address that is a multiple of their size or of 16 bytes.
 template <class T, int N>
 __device__ raw_pack<T, N> load_raw(const T* from) {
   return *reinterpret_cast<const raw_pack<T, N>*>(from);
@@ -34,8 +38,31 @@ template <class T, int N>
 __device__ pack<float, N> widen(const raw_pack<T, N>& raw) {
   pack<float, N> out;
 #pragma unroll
-  for (int i = 0; i < N; ++i) out[i] = static_cast<float>(raw.at[i]);
+  for (int i = 0; i < N; ++i) {
+    if constexpr (!raw_pack<T, N>::in_words) {
+      out[i] = static_cast<float>(raw.at[i]);
+    } else if constexpr (sizeof(T) == 4) {
+      out[i] = __uint_as_float(raw.at[i]);
+    } else {
+      T element;
+      element.bits = static_cast<std::uint16_t>(raw.at[i / 2] >> (i % 2 * 16));
+      out[i] = static_cast<float>(element);
+    }
+  }
   return out;
+}
+/// widen() by other instructions: for a second pass over packs of bfloat16, of which ptxas would otherwise keep the
+/// floats of the first pass in twice as many registers.
+template <class T, int N>
+__device__ pack<float, N> widen_again(const raw_pack<T, N>& raw) {
+  if constexpr (!std::is_same_v<T, bfloat16> || N % 2 != 0) {
+    return widen(raw);
+  } else {
+    pack<float, N> out;
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] = __uint_as_float(__byte_perm(raw.at[i / 2], 0, i % 2 == 0 ? 0x1044 : 0x3244));
+    return out;
+  }
 }
 template <class T, int N>
 __device__ pack<float, N> load(const T* from) {
