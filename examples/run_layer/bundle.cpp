@@ -12,6 +12,9 @@
 #include <utility>
 
 #include <gdn/core/error.hpp>
+#if defined(GDN_RUN_CUDA)
+#include <gdn/cuda/head_sizes.hpp>
+#endif
 #include <gdn/plan/layouts.hpp>
 
 namespace gdn_run {
@@ -267,6 +270,19 @@ gdn::fragment_table make_layout_table(const options& o, const bundle& b) {
       return each_row(gdn::from_positions(b.seq_index));
   }
   return {};
+}
+
+std::optional<gdn::diagnostic> exceeds_backend([[maybe_unused]] const options& o, [[maybe_unused]] const bundle& b) {
+#if defined(GDN_RUN_CUDA)
+  const gdn::layer_dims& d = b.dims();
+  if (o.backend != backend_kind::cuda || !gdn::cuda::validate_head_sizes(d.key_dim, d.value_dim)) return std::nullopt;
+  const bool key = !gdn::cuda::is_head_size(d.key_dim);
+  return diagnostic{say(o.bundle + ": config:", key ? "linear_key_head_dim is" : "linear_value_head_dim is",
+                        key ? d.key_dim : d.value_dim, "; --backend cuda takes multiples of", gdn::cuda::head_size_step,
+                        "up to", gdn::cuda::head_size_most)};
+#else
+  return std::nullopt;
+#endif
 }
 
 std::optional<gdn::diagnostic> exceeds_memory(const options& o, const bundle& b) {

@@ -63,6 +63,9 @@ bundle load_bundle(const std::string& path);
 /// @throws gdn::metadata_error if the bundle does not fit the layout, naming the option
 gdn::fragment_table make_layout_table(const options& o, const bundle& b);
 
+/// Nothing, or why `--backend` does not compute a layer of these sizes.
+std::optional<gdn::diagnostic> exceeds_backend(const options& o, const bundle& b);
+
 /// Nothing, or why the run cannot fit this machine's memory, by a bound that is too low.
 std::optional<gdn::diagnostic> exceeds_memory(const options& o, const bundle& b);
 

@@ -89,7 +89,7 @@ std::unique_ptr<job> make_job(std::span<const std::string> arguments, const std:
 std::uint64_t fingerprint(const options& o, const bundle& b) {
   const std::string text =
       gdn::say(o.ranks, static_cast<int>(o.layout), static_cast<int>(o.strategy), static_cast<int>(o.share),
-               static_cast<int>(o.dtype), static_cast<int>(o.rule), o.grad, o.decode, o.repeat);
+               static_cast<int>(o.dtype), static_cast<int>(o.rule), static_cast<int>(o.products), o.grad, o.decode, o.repeat);
   return mix(mix(b.file.file.bytes().size(), std::as_bytes(std::span(text))), b.file.file.bytes());
 }
 

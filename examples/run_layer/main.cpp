@@ -101,6 +101,7 @@ ending run(gdn_run::options o, gdn_run::job& job) {
   std::uint64_t fingerprint = 0;
   e = attempt([&] {
     b = gdn_run::load_bundle(o.bundle);
+    gdn::raise(exceeds_backend(o, *b));
     layout = gdn_run::make_layout_table(o, *b);
     if (job.root()) {
       expects_writable("--out", o.out, {o.bundle, o.json});

@@ -65,6 +65,9 @@ constexpr std::array<choice<gdn::dtype>, 4> types = {{{"f32", gdn::dtype::f32},
 constexpr std::array<choice<rule_kind>, 2> rules = {
     {{"chunked", rule_kind::chunked}, {"recurrent", rule_kind::recurrent}}};
 
+constexpr std::array<choice<product_kind>, 2> products = {
+    {{"ieee", product_kind::ieee}, {"tf32", product_kind::tf32}}};
+
 template <class T, std::size_t N>
 std::string names(const std::array<choice<T>, N>& choices) {
   std::string out;
@@ -155,6 +158,8 @@ command parse_command(std::span<const std::string> arguments) {
   const choice_option share(app, "--share", shares, "How the state summaries travel");
   const choice_option type(app, "--dtype", types, "Of weights and activations");
   const choice_option rule(app, "--rule", rules, "Form of the gated delta rule");
+  const choice_option product(app, "--products", products,
+                              "How --backend cuda multiplies the f32 matrices of the projections");
   app.add_flag("--no-grad", no_grad, "Leave the backward pass of the bundle out");
   app.add_flag("--no-decode", no_decode, "Leave the decoded tokens of the bundle out");
   const CLI::Option* tolerance_option =
@@ -197,6 +202,7 @@ command parse_command(std::span<const std::string> arguments) {
   o.share = share.value();
   o.dtype = type.value();
   o.rule = rule.value();
+  o.products = product.value();
   o.grad = !no_grad;
   o.decode = !no_decode;
   if (o.backend == backend_kind::cuda) {
@@ -208,6 +214,9 @@ command parse_command(std::span<const std::string> arguments) {
     if (o.rule == rule_kind::recurrent) throw usage_error("--rule recurrent is of --backend kokkos only");
   } else if (o.comm == comm_kind::local || o.comm == comm_kind::nccl) {
     throw usage_error("--comm " + comm.text() + " moves device memory; it needs --backend cuda");
+  }
+  if (o.products == product_kind::tf32 && (o.backend != backend_kind::cuda || o.dtype != gdn::dtype::f32)) {
+    throw usage_error("--products tf32 is of --backend cuda and --dtype f32 only");
   }
   if (o.deadline && o.comm != comm_kind::mpi && o.comm != comm_kind::nccl) {
     throw usage_error("--deadline is of --comm mpi and nccl only");

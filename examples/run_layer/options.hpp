@@ -16,6 +16,7 @@ enum class comm_kind { threads, mpi, local, nccl };
 enum class backend_kind { kokkos, cuda };
 enum class layout_kind { contiguous, zigzag, zigzag_documents, interleaved, seq_index };
 enum class rule_kind { chunked, recurrent };
+enum class product_kind { ieee, tf32 };
 
 struct options {
   std::string bundle;  ///< path
@@ -29,6 +30,7 @@ struct options {
   gdn::share share = gdn::share::all_gather;
   gdn::dtype dtype = gdn::dtype::f32;  ///< f64, f32, f16 or bf16
   rule_kind rule = rule_kind::chunked;
+  product_kind products = product_kind::ieee;  ///< of float matrices on a GPU
   bool grad = true;                 ///< run the backward pass if the bundle asks for it
   bool decode = true;               ///< decode if the bundle asks for it
   std::optional<double> tolerance;  ///< for every tensor, in place of the defaults

@@ -29,7 +29,10 @@ class cuda_platform {
   bool one_memory() const { return options_.processes || options_.comm == comm_kind::local || options_.ranks == 1; }
 
   gdn::cuda::stream make_stream() const { return {}; }
-  gdn::cuda::backend make_backend(int) const { return gdn::cuda::backend(); }
+  gdn::cuda::backend make_backend(int) const {
+    return gdn::cuda::backend(options_.products == product_kind::tf32 ? gdn::cuda::float_products::tf32
+                                                                      : gdn::cuda::float_products::ieee);
+  }
   gdn::cuda::device_block block(gdn::memory_requirement need, std::byte fill) const {
     gdn::cuda::device_block out(need);
     if (out.bytes() > 0) {

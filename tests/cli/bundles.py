@@ -74,11 +74,11 @@ def read(path):
     return metadata, tensors
 
 
-def sound(batch=2, seq=8, documents=None, interleaved=False, decode=0, grad=True, expected=True, states=True):
-    """A layer with hid = 8, Hk = 1, Hv = 2, K = 4, V = 6, W = 4 and random values; what is expected is not computed."""
+def sound(batch=2, seq=8, documents=None, interleaved=False, decode=0, grad=True, expected=True, states=True, key_dim=4, value_dim=6):
+    """A layer with hid = 8, Hk = 1, Hv = 2, W = 4 and random values; what is expected is not computed."""
     rng = random.Random(7)
     normal = lambda *shape: Tensor(shape, [rng.gauss(0, 0.5) for _ in range(math.prod(shape))])
-    hid, hk, hv, k, v, w = 8, 1, 2, 4, 6, 4
+    hid, hk, hv, k, v, w = 8, 1, 2, key_dim, value_dim, 4
     dc, n = 2 * hk * k + hv * v, documents if documents is not None else batch
     config = {"hidden_size": hid, "linear_num_key_heads": hk, "linear_num_value_heads": hv, "linear_key_head_dim": k,
               "linear_value_head_dim": v, "linear_conv_kernel_dim": w, "rms_norm_eps": 1e-6, "hidden_act": "silu",

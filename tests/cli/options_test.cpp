@@ -44,6 +44,7 @@ TEST(options, DefaultsAreTheFirstValues) {
   EXPECT_EQ(o.share, gdn::share::all_gather);
   EXPECT_EQ(o.dtype, gdn::dtype::f32);
   EXPECT_EQ(o.rule, rule_kind::chunked);
+  EXPECT_EQ(o.products, product_kind::ieee);
   EXPECT_TRUE(o.grad && o.decode);
   EXPECT_FALSE(o.tolerance);
   EXPECT_EQ(o.out + o.json, "");
@@ -77,7 +78,7 @@ TEST(options, HelpNamesEveryOptionAndVersionTheVersion) {
   const command help = parse_command(words("--help"));
   EXPECT_FALSE(help.run);
   for (const char* option : {"--ranks", "--comm", "--backend", "--layout", "--strategy", "--share", "--dtype", "--rule",
-                             "--no-grad", "--no-decode", "--tolerance", "--out", "--json", "--repeat", "--version"}) {
+                             "--products", "--no-grad", "--no-decode", "--tolerance", "--out", "--json", "--repeat", "--version"}) {
     EXPECT_THAT(help.text, HasSubstr(option));
   }
   const command version = parse_command(words("--version"));
@@ -100,7 +101,7 @@ TEST(options, NumbersOutOfRangeAreNamed) {
 }
 
 TEST(options, UnknownValuesAreNamedWithThoseThatExist) {
-  for (const char* option : {"--comm", "--backend", "--layout", "--strategy", "--share", "--dtype", "--rule"}) {
+  for (const char* option : {"--comm", "--backend", "--layout", "--strategy", "--share", "--dtype", "--rule", "--products"}) {
     EXPECT_THAT(refusal({option, "other", "f"}), AllOf(HasSubstr(option), HasSubstr("'other'"), HasSubstr("one of")));
     EXPECT_THAT(refusal({option, "", "f"}), AllOf(HasSubstr(option), HasSubstr("''")));
     EXPECT_THAT(refusal({option, "f"}), HasSubstr(option)) << "the bundle is taken for the value";

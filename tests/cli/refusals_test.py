@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """gdn-run refuses what bundle.md says it refuses: exit code 2, one line that names the place, nothing written.
 
-refusals_test.py GDN_RUN --data DIR
+refusals_test.py GDN_RUN [--data DIR] [SUITE]
 """
 import json
 import os
@@ -16,7 +16,7 @@ from bundles import Tensor, file_bytes, integers, sound
 PROGRAM = ""
 
 
-class Refusals(unittest.TestCase):
+class Program(unittest.TestCase):
     def setUp(self):
         self.folder = tempfile.TemporaryDirectory()
         self.addCleanup(self.folder.cleanup)
@@ -59,6 +59,8 @@ class Refusals(unittest.TestCase):
         bundle.config |= config or {}
         self.refuses(bundle, *words, options=options)
 
+
+class Refusals(Program):
     # ---- the file
 
     def test_a_file_that_is_no_file(self):
@@ -272,7 +274,8 @@ class Refusals(unittest.TestCase):
                               (["--comm", "smoke"], "--comm"), (["--backend", "x"], "--backend"),
                               (["--layout", "x"], "--layout"), (["--strategy", "x"], "--strategy"), (["--share", "x"], "--share"),
                               (["--dtype", "x"], "--dtype"), (["--dtype", "f8"], "--dtype"),
-                              (["--rule", "x"], "--rule"), (["--tolerance", "0"], "--tolerance"), (["--tolerance", "nan"], "--tolerance"),
+                              (["--rule", "x"], "--rule"), (["--products", "x"], "--products"), (["--products", "tf32"], "--products"),
+                              (["--tolerance", "0"], "--tolerance"), (["--tolerance", "nan"], "--tolerance"),
                               (["--tolerance", "inf"], "--tolerance"), (["--repeat", "0"], "--repeat"), (["--frobnicate"], "--frobnicate")):
             with open(self.path("input"), "wb") as f:
                 f.write(good.bytes())
@@ -297,6 +300,21 @@ class Refusals(unittest.TestCase):
             self.assertEqual(f.read(), sound().bytes())
 
 
+class CudaRefusals(Program):
+    """Of a gdn-run with the CUDA backend, before it looks for a GPU."""
+
+    def test_heads_that_are_no_multiples_of_16_up_to_256(self):
+        for k, v, key in ((4, 16, "key"), (24, 16, "key"), (272, 16, "key"), (16, 6, "value"), (16, 40, "value"), (16, 257, "value")):
+            for options in ([], ["--dtype", "bf16"], ["--ranks", "2", "--strategy", "in-place"]):
+                self.refuses(sound(key_dim=k, value_dim=v), f"linear_{key}_head_dim is {k if key == 'key' else v}", "multiples of 16 up to 256",
+                             options=["--backend", "cuda", *options])
+
+    def test_options(self):
+        for options, word in ((["--dtype", "f64"], "--dtype f64"), (["--rule", "recurrent"], "--rule recurrent"),
+                              (["--comm", "threads"], "--comm threads"), (["--products", "tf32", "--dtype", "f16"], "--products tf32")):
+            self.refuses(None, word, options=["--backend", "cuda", *options, "input"])
+
+
 if __name__ == "__main__":
     PROGRAM = os.path.abspath(sys.argv[1])
-    unittest.main(argv=sys.argv[:1], verbosity=2)
+    unittest.main(argv=sys.argv[:1], defaultTest="CudaRefusals" if "CudaRefusals" in sys.argv else "Refusals", verbosity=2)

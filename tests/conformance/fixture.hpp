@@ -6,10 +6,12 @@
 ///   backend_type, value_type
 ///   make()                  a backend
 ///   stream()                a stream of it
-///   array<U>(n)             n elements in the backend's memory; data(), upload(const U*), download(U*)
+///   array<U>(n)             n elements in the backend's memory; data(), upload(const U*), download(U*);
+///                           poison(): every byte 0xff, NaN in every floating type
 ///   scratch()               a workspace in the backend's memory, large enough for the suite; one for each thread
 ///   for_each_variant(f)     f(backend, name) for backends that must give the same bits: other numbers of threads, ...
 ///   make_private()          a backend that a thread may use while others use theirs
+///   head_size(n)            optional: the n-th of the sizes of heads that the backend computes; otherwise any n is one
 
 #include <array>
 #include <cstddef>
@@ -84,6 +86,15 @@ class backend_fixture : public testing::Test {
     host_tensor<U, 1> t({static_cast<index_t>(v.size())});
     std::copy(v.begin(), v.end(), t.elements().begin());
     return place(std::move(t));
+  }
+
+  /// K or V where a suite would use n.
+  static index_t head_size(index_t n) {
+    if constexpr (requires { Subject::head_size(n); }) {
+      return Subject::head_size(n);
+    } else {
+      return n;
+    }
   }
 
   /// run_all(backend) must record the same bytes on every variant of the backend, and again on each.

@@ -17,43 +17,9 @@
 #include <gdn/cuda/memory.hpp>
 #include <gdn/layer/requirements.hpp>
 #include <cuda/layer_device.hpp>
+#include <support/device_block.cuh>
 
 namespace gdn_test {
-
-/// Elements on the device.
-template <class U>
-class device_array {
- public:
-  explicit device_array(const std::vector<U>& from, gdn::cuda::stream_ref s)
-      : n_(static_cast<index_t>(from.size())), block_({from.size() * sizeof(U) + 256}) {
-    gdn::cuda::copy_to_device<U>(from, flat(), s);
-  }
-  /// As many NaN, to be written.
-  device_array(index_t n, gdn::cuda::stream_ref s)
-      : device_array(std::vector<U>(static_cast<std::size_t>(n),
-                                    static_cast<U>(std::numeric_limits<double>::quiet_NaN())), s) {}
-  U* data() const { return static_cast<U*>(block_.data()); }
-  std::vector<U> fetch(gdn::cuda::stream_ref s) const { return gdn::cuda::copy_to_host(flat(), s); }
-
- private:
-  gdn::tensor_ref<U, 1, gdn::device_memory> flat() const { return gdn::make_tensor<gdn::device_memory>(data(), n_); }
-  index_t n_;
-  gdn::cuda::device_block block_;
-};
-
-/// Device memory of exactly the promised size, every byte 0xff: a read of what was not written is NaN.
-class poisoned_device_block {
- public:
-  poisoned_device_block(gdn::memory_requirement need, gdn::cuda::stream_ref s)
-      : block_({need.bytes + 1}), bytes_(need.bytes) {
-    gdn::cuda::check(cudaMemsetAsync(block_.data(), 0xff, bytes_, s.get()), "cudaMemsetAsync");
-  }
-  gdn::workspace<gdn::device_memory> workspace() const { return {block_.data(), bytes_}; }
-
- private:
-  gdn::cuda::device_block block_;
-  std::size_t bytes_;
-};
 
 /// One rank. What all ranks together computed goes to `out`, under `mutex`.
 template <class T>
@@ -156,9 +122,10 @@ class device_rank {
       gradients.for_each([&](auto, const auto& g) { sums[i++] = gdn::cuda::copy_to_host(g, s); });
     }
 
-    const auto got_y = y.fetch(s), got_dx = dx.fetch(s);
-    const auto got_final = final_.fetch(s), got_d_initial = d_initial.fetch(s);
-    const auto got_final_conv = final_conv.fetch(s), got_d_initial_conv = d_initial_conv.fetch(s);
+    const auto got_y = y.fetch(), got_dx = dx.fetch();
+    const auto got_final = final_.fetch(), got_d_initial = d_initial.fetch();
+    const auto got_final_conv = final_conv.fetch(), got_d_initial_conv = d_initial_conv.fetch();
+    EXPECT_TRUE(tape_block.guards_hold() && forward_block.guards_hold() && backward_block.guards_hold());
     const std::lock_guard lock(mutex_);
     put_rows_of_rank(got_y, s_.rows, me, d_.hidden, out_.y);
     if (s_.options.final_state) {

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The rule at the size at which flash-linear-attention's error is known, against the token recurrence in double.
 
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <random>
 
@@ -11,16 +14,16 @@
 namespace gdn_test {
 namespace {
 
-/// rms(error) / rms(reference) of flash-linear-attention in bf16 on an H200, for inputs of this kind; other random
-/// numbers of the kind move such errors by some percent.
+/// rms(error) / rms(reference) of flash-linear-attention in bf16 on an H200, for inputs of this kind.
 struct rule_errors {
   double o = 3.1e-3, ht = 2.5e-3, dq = 3.5e-3, dk = 5.2e-3, dv = 3.3e-3, dg = 3.5e-3, dbeta = 3.6e-3, dh0 = 1.7e-3;
 };
+constexpr double last_digit = 0.05e-3;  // half a unit, by which these figures are rounded
 
 /// Documents of 300, 129 and 64 tokens, 2 key heads, 8 value heads, K = V = 128, slow decays, states and gradients.
 template <class T>
-void check(double limit_of_bf16, double absolute_limit) {
-  random_source random(0);
+rule_errors errors_of(std::uint64_t seed) {
+  random_source random(seed);
   auto c = random_rule_case<T>(random, {493, 2, 8, 128, 128});
   c.cut({300, 129, 64}, rule_case<T>::states::all, random);
   std::normal_distribution<double> normal;
@@ -29,20 +32,36 @@ void check(double limit_of_bf16, double absolute_limit) {
   c.dht.for_each([&](auto& d) { d = static_cast<float>(normal(random.engine()) / 8); });
   const rule_answers want = by_recurrence(c.numbers());
   const auto got = run_rule<cuda_setup<T>>(gdn::cuda::backend(), c);
+  return {rms_distance(got.o, want.o),   rms_distance(got.ht, want.ht), rms_distance(got.dq, want.dq),
+          rms_distance(got.dk, want.dk), rms_distance(got.dv, want.dv), rms_distance(got.dg, want.dg),
+          rms_distance(got.dbeta, want.dbeta), rms_distance(got.dh0, want.dh0)};
+}
+
+/// The mean over some random inputs is at most a share of FLA's figure, or `absolute`.
+template <class T>
+void check(double share, double absolute) {
+  constexpr int inputs = 6;
   const rule_errors fla;
-  const auto at_most = [&](const char* name, const auto& a, const auto& b, double theirs) {
-    const double error = rms_distance(a, b);
-    std::printf("  %-6s %.2e\n", name, error);
-    EXPECT_LE(error, 1.05 * limit_of_bf16 * theirs + absolute_limit) << name;
+  std::array<rule_errors, inputs> ours;
+  for (int i = 0; i < inputs; ++i) ours[static_cast<std::size_t>(i)] = errors_of<T>(static_cast<std::uint64_t>(i));
+  const auto at_most = [&](const char* name, double rule_errors::* error) {
+    double sum = 0, least = 1, most = 0;
+    for (const rule_errors& e : ours) {
+      sum += e.*error / inputs;
+      least = std::min(least, e.*error);
+      most = std::max(most, e.*error);
+    }
+    std::printf("  %-6s %.2e  (%.2e to %.2e)\n", name, sum, least, most);
+    EXPECT_LE(sum, share * (fla.*error + last_digit) + absolute) << name;
   };
-  at_most("o", got.o, want.o, fla.o);
-  at_most("ht", got.ht, want.ht, fla.ht);
-  at_most("dq", got.dq, want.dq, fla.dq);
-  at_most("dk", got.dk, want.dk, fla.dk);
-  at_most("dv", got.dv, want.dv, fla.dv);
-  at_most("dg", got.dg, want.dg, fla.dg);
-  at_most("dbeta", got.dbeta, want.dbeta, fla.dbeta);
-  at_most("dh0", got.dh0, want.dh0, fla.dh0);
+  at_most("o", &rule_errors::o);
+  at_most("ht", &rule_errors::ht);
+  at_most("dq", &rule_errors::dq);
+  at_most("dk", &rule_errors::dk);
+  at_most("dv", &rule_errors::dv);
+  at_most("dg", &rule_errors::dg);
+  at_most("dbeta", &rule_errors::dbeta);
+  at_most("dh0", &rule_errors::dh0);
 }
 
 TEST(CudaRuleAccuracy, Bfloat16IsNoWorseThanFlashLinearAttention) {

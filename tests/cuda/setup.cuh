@@ -2,6 +2,7 @@
 #pragma once
 /// @file  The CUDA backend as the conformance suites want it.
 
+#include <array>
 #include <cstddef>
 #include <span>
 #include <string>
@@ -34,6 +35,10 @@ struct cuda_setup {
    public:
     explicit array(std::size_t n) : bytes_(n * sizeof(U)), block_({bytes_ + 256}) {}
     U* data() const { return static_cast<U*>(block_.data()); }
+    void poison() {
+      gdn::cuda::check(cudaMemsetAsync(block_.data(), 0xff, bytes_, stream().get()), "poison");
+      gdn::cuda::check(cudaStreamSynchronize(stream().get()), "poison");
+    }
     void upload(const U* from) {
       gdn::cuda::check(cudaMemcpyAsync(block_.data(), from, bytes_, cudaMemcpyHostToDevice, stream().get()), "upload");
       gdn::cuda::check(cudaStreamSynchronize(stream().get()), "upload");
@@ -47,6 +52,12 @@ struct cuda_setup {
     std::size_t bytes_;
     gdn::cuda::device_block block_;
   };
+
+  /// Both sides of the tiles that keys and columns of values are filled up to.
+  static gdn::index_t head_size(gdn::index_t n) {
+    constexpr std::array<gdn::index_t, 5> sizes = {16, 128, 48, 64, 80};
+    return sizes[static_cast<std::size_t>(n) % sizes.size()];
+  }
 
   /// There is one kind of backend; the same bits on every run are what remains to be shown.
   template <class F>

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstring>
 #include <vector>
 
 #include <Kokkos_Core.hpp>
@@ -32,6 +33,7 @@ struct kokkos_setup {
    public:
     explicit array(std::size_t n) : elements_(n) {}
     U* data() const { return const_cast<U*>(elements_.data()); }
+    void poison() { std::memset(static_cast<void*>(elements_.data()), 0xff, elements_.size() * sizeof(U)); }
     void upload(const U* from) { std::copy_n(from, elements_.size(), elements_.data()); }
     void download(U* to) const { std::copy_n(elements_.data(), elements_.size(), to); }
 

@@ -4,34 +4,21 @@
 
 run_test.py GDN_RUN --data DIR --mpirun MPIRUN --faults LIBRARY
 """
-import argparse
 import itertools
 import json
 import os
 import subprocess
 import sys
-import tempfile
-import unittest
 from pathlib import Path
 
-import mpi_job
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import mpi_job  # noqa: E402
+from mpi_job import ARGUMENTS  # noqa: E402
 
-ARGUMENTS = argparse.Namespace()
 
-
-class Runs(unittest.TestCase):
-    def setUp(self):
-        self.folder = tempfile.TemporaryDirectory()
-        self.addCleanup(self.folder.cleanup)
-
-    def path(self, name):
-        return Path(self.folder.name) / name
-
+class Runs(mpi_job.TestCase):
     def mpi(self, ranks, *options):
-        return mpi_job.run(ARGUMENTS.mpirun, self.folder.name, [[ARGUMENTS.program, "--comm", "mpi", *options]] * ranks)
-
-    def sample(self, name):
-        return str(ARGUMENTS.data / f"{name}.safetensors")
+        return mpi_job.run(self.folder.name, [[ARGUMENTS.program, "--comm", "mpi", *options]] * ranks)
 
     def test_same_bits_as_threads(self):
         cases = (
@@ -88,8 +75,8 @@ class Runs(unittest.TestCase):
 
     def refuses(self, commands, *words):
         self.path("out").write_text("before")
-        files = set(os.listdir(self.folder.name)) - {"notes"}
-        outcome = mpi_job.run(ARGUMENTS.mpirun, self.folder.name, commands)
+        files = set(os.listdir(self.folder.name))
+        outcome = mpi_job.run(self.folder.name, commands)
         with self.subTest(words=words):
             self.assertEqual(outcome.codes, dict.fromkeys(range(len(commands)), 2), str(outcome))
             self.assertEqual(len(outcome.lines), 1, str(outcome))
@@ -97,7 +84,7 @@ class Runs(unittest.TestCase):
                 self.assertIn(word, outcome.lines[0])
             self.assertEqual(outcome.stdout, "")
             self.assertEqual(self.path("out").read_text(), "before")
-            self.assertEqual(set(os.listdir(self.folder.name)) - {"notes"}, files)
+            self.assertEqual(set(os.listdir(self.folder.name)), files)
 
     def test_bad_usage_and_bad_input_are_exit_2_everywhere_and_one_line(self):
         plain, self.broken = self.sample("qwen3_5_plain"), str(self.path("broken"))
@@ -126,10 +113,4 @@ class Runs(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("program")
-    for option in ("--data", "--mpirun", "--faults"):
-        parser.add_argument(option, required=True)
-    ARGUMENTS, rest = parser.parse_known_args()
-    ARGUMENTS.data = Path(ARGUMENTS.data)
-    unittest.main(argv=[sys.argv[0], *rest])
+    mpi_job.main()

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "mpi"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import mpi_job  # noqa: E402
 
 
@@ -31,6 +31,5 @@ def of_rank(rank, ranks, command):
             "NCCL_IB_DISABLE=1", *command]
 
 
-def run(mpirun, folder, ranks, command, faults=None, timeout=120):
-    commands = [of_rank(r, ranks, command) for r in range(ranks)]
-    return mpi_job.run(mpirun, folder, commands, faults, timeout)
+def run(folder, ranks, command, faults=None):
+    return mpi_job.run(folder, [of_rank(r, ranks, command) for r in range(ranks)], faults)

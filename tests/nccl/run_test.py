@@ -2,19 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """gdn-run --comm nccl under mpirun gives the bits of --comm local, which give those of one rank within the bundle's limits.
 
-run_test.py GDN_RUN --data DIR --mpirun MPIRUN [--faults LIBRARY] [--ranks 2,4,8] [--cases N]
+run_test.py GDN_RUN --data DIR --mpirun MPIRUN --faults LIBRARY [--ranks 2,4,8] [--cases N]
 """
-import argparse
 import json
 import subprocess
 import sys
-import tempfile
-import unittest
-from pathlib import Path
 
 import nccl_job
-
-ARGUMENTS = argparse.Namespace()
+from nccl_job import mpi_job
+from mpi_job import ARGUMENTS
 
 # Every layout, both strategies, the three ways to share; packing, padding, states that come in and go out, decoding, ranks
 # without tokens; gradients in all but one.
@@ -22,32 +18,21 @@ CASES = (
     ("qwen3_5_plain", "--layout", "zigzag"),
     ("qwen3_5_plain", "--layout", "zigzag", "--strategy", "in-place", "--dtype", "bf16"),
     ("qwen3_5_packed_ragged", "--share", "relay", "--dtype", "f16"),
-    ("qwen3_5_packed_padded", "--strategy", "in-place", "--layout", "interleaved", "--dtype", "bf16"),
+    ("qwen3_5_right_padding", "--strategy", "in-place", "--layout", "interleaved", "--dtype", "bf16"),
     ("qwen3_5_packed_full", "--layout", "zigzag", "--strategy", "in-place", "--share", "prefix-scan"),
     ("qwen3_5_cached_decode", "--share", "prefix-scan"),
     ("qwen3_next_packed", "--layout", "interleaved", "--repeat", "2"),
-    ("qwen3_next_left_padding", "--dtype", "bf16", "--share", "relay"),
+    ("qwen3_next_ratio2", "--share", "relay"),
     ("qwen3_5_short_prompt", "--layout", "interleaved"),
     ("qwen3_5_right_padding", "--layout", "zigzag"),
-    ("qwen3_5_width1", "--no-grad"),
-    ("qwen3_5_odd",),
+    ("exact_split", "--no-grad"),
+    ("qwen3_5_ratio4",),
 )
 
 
-class Runs(unittest.TestCase):
-    def setUp(self):
-        self.folder = tempfile.TemporaryDirectory()
-        self.addCleanup(self.folder.cleanup)
-
-    def path(self, name):
-        return Path(self.folder.name) / name
-
-    def nccl(self, ranks, *options, faults=None):
-        return nccl_job.run(ARGUMENTS.mpirun, self.folder.name, ranks,
-                            [ARGUMENTS.program, "--backend", "cuda", "--comm", "nccl", *options], faults)
-
-    def sample(self, name):
-        return str(ARGUMENTS.data / f"{name}.safetensors")
+class Runs(mpi_job.TestCase):
+    def nccl(self, ranks, *options):
+        return nccl_job.run(self.folder.name, ranks, [ARGUMENTS.program, "--backend", "cuda", "--comm", "nccl", *options])
 
     def same_bits(self, ranks, sample, *options):
         local = subprocess.run(
@@ -92,21 +77,23 @@ class Runs(unittest.TestCase):
 
     def test_bad_usage_is_exit_2_everywhere_and_one_line(self):
         for options in (["--layout", "spiral"], ["--ranks", "3"], ["--dtype", "f64"]):
-            outcome = self.nccl(2, *options, self.sample("qwen3_5_plain"))
-            self.assertEqual(outcome.codes, {0: 2, 1: 2}, str(outcome))
-            self.assertEqual(len(outcome.lines), 1, str(outcome))
-            self.assertIn(options[0], outcome.lines[0])
+            self.refuses([*options, self.sample("qwen3_5_plain")], options[0])
+
+    def test_heads_that_are_no_multiples_of_16_are_exit_2_everywhere_and_one_line(self):
+        self.refuses([self.sample("qwen3_5_odd")], "linear_key_head_dim is 7")
+
+    def refuses(self, options, word):
+        outcome = self.nccl(2, *options)
+        self.assertEqual(outcome.codes, {0: 2, 1: 2}, str(outcome))
+        self.assertEqual(len(outcome.lines), 1, str(outcome))
+        self.assertIn(word, outcome.lines[0])
+
+
+def add_arguments(parser):
+    parser.add_argument("--ranks", default=[2, 4], type=lambda text: [int(r) for r in text.split(",")])
+    parser.add_argument("--cases", default=len(CASES), type=int)
 
 
 if __name__ == "__main__":
     nccl_job.skip_without_gpu()
-    parser = argparse.ArgumentParser()
-    parser.add_argument("program")
-    for option in ("--data", "--mpirun"):
-        parser.add_argument(option, required=True)
-    parser.add_argument("--faults")
-    parser.add_argument("--ranks", default=[2, 4], type=lambda text: [int(r) for r in text.split(",")])
-    parser.add_argument("--cases", default=len(CASES), type=int)
-    ARGUMENTS, rest = parser.parse_known_args()
-    ARGUMENTS.data = Path(ARGUMENTS.data)
-    unittest.main(argv=[sys.argv[0], *rest])
+    mpi_job.main(add_arguments)

@@ -36,6 +36,11 @@ class counting_communicator {
     if (!sends.empty() || !recvs.empty()) ++counts_.exchanges;
     comm_.exchange(sends, recvs, s);
   }
+  void synchronize(stream_type s)
+    requires gdn::waits_for_streams<Comm>
+  {
+    comm_.synchronize(s);
+  }
   void abort() noexcept { comm_.abort(); }
 
   /// What passed since the last call.

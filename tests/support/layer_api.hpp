@@ -55,6 +55,7 @@ class layer_api {
                    memory_block& ws) const;
 
   // cp/ on its own.
+  gdn::memory_requirement conv_scratch(const gdn::cp_plan& plan, index_t channels) const;
   gdn::memory_requirement rule_scratch(index_t key_heads, const plan_on_host& plan) const;
   gdn::rule_tape<T, gdn::host_memory> take_rule_tape(index_t key_heads, const plan_on_host& plan,
                                                      memory_block& memory) const;

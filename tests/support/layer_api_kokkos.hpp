@@ -85,6 +85,10 @@ void layer_api<T>::decode_step(const gdn::gated_delta_net<T>& layer, gdn::tensor
   gdn::decode_step(be_->value, layer, x, y, state, slots, ws, {});
 }
 template <class T>
+gdn::memory_requirement layer_api<T>::conv_scratch(const gdn::cp_plan& plan, index_t channels) const {
+  return gdn::conv_scratch<T>(be_->value, plan, channels);
+}
+template <class T>
 gdn::memory_requirement layer_api<T>::rule_scratch(index_t key_heads, const plan_on_host& plan) const {
   return gdn::rule_scratch<T>(be_->value, key_heads, plan);
 }

@@ -160,6 +160,8 @@ struct operation_sizes {
 /// 5. `synchronize(s)` waits until the stream's work is done and throws backend_error if it failed.
 /// 6. `scratch(sizes)`: bytes that any operation with a workspace (but the delta rule, see there) may take from it for
 ///    these sizes or smaller ones; free again on return.
+/// 7. Optional: `expects_head_sizes(K, V)` throws backend_error, naming the value and the rule, where the backend does
+///    not compute such heads. The layer asks before it enqueues anything.
 template <class B, class T>
 concept backend = memory_kind<typename B::memory_type> && stream_handle<typename B::stream_type> &&
                   requires(const B& be, std::span<const run> host, tensor_ref<run, 1, typename B::memory_type> table,

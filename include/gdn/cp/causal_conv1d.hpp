@@ -90,6 +90,14 @@ void return_history(const Backend& be, Comm& comm, const resident_plan<typename 
   }
 }
 
+/// Bytes of workspace that cp::causal_conv1d() and its backward take for rows of D channels.
+template <class T, class Backend>
+  requires conv_ops<Backend, T>
+memory_requirement conv_scratch(const Backend& be, const cp_plan& p, index_t channels) {
+  const operation_sizes sizes{.tokens = p.compute_rows, .channels = channels, .conv_width = p.shape.conv_width};
+  return {std::max(history_scratch<T, typename Backend::memory_type>(p, channels).bytes, be.scratch(sizes).bytes)};
+}
+
 namespace cp {
 
 /// y_t = act(sum_j w_j x_{t-W+1+j}) over documents that begin, end and go on wherever the plan says. One exchange for
@@ -99,6 +107,7 @@ namespace cp {
 /// @param w      [D, W]
 /// @param halo   [plan.halo.rows(), D] written; causal_conv1d_backward() needs it
 /// @param y      [L, D] written
+/// @param ws     at least conv_scratch() bytes
 /// Other parameters as fetch_history(). Enqueued on `s`.
 template <class T, communicator Comm, class Backend>
   requires compatible<Backend, Comm> && row_ops<Backend, T> && conv_ops<Backend, T>
@@ -121,6 +130,7 @@ void causal_conv1d(const Backend& be, Comm& comm, const resident_plan<typename B
 /// @param dx     [L + plan.halo.state_rows, D]; the first L rows are the gradient
 /// @param d_halo [plan.halo.rows(), D] scratch
 /// @param dw     [D, W] in accumulate_t, added to: a sum over this rank's rows
+/// @param ws     at least conv_scratch() bytes
 /// Rows are of type X; w and states are of the same type, or of a narrower T.
 template <class X, class T, communicator Comm, class Backend>
   requires compatible<Backend, Comm> && row_ops<Backend, X> && conv_ops<Backend, X>

@@ -50,6 +50,7 @@ void step(const Backend& be, const gated_delta_net<T, Memory>& layer, const acti
 template <class T, class Backend>
   requires backend<Backend, T>
 memory_requirement decode_requirement(const Backend& be, const layer_dims& d, index_t n) {
+  detail::check_heads(be, d);
   workspace<typename Backend::memory_type> measure;
   detail::decode_buffers<T>(measure, d, n);
   measure.template take<T>(n, d.values());
@@ -76,6 +77,7 @@ void decode_step(const Backend& be, const gated_delta_net<T, typename Backend::m
   const auto out = as_tensor<T, 2, memory>(y);
   const index_t n = in.extent(0);
   raise(validate_dims(d));
+  detail::check_heads(be, d);
   check_parameters(layer.weights, d);
   expects_shape(in, "x", {n, d.hidden});
   expects_shape(out, "y", {n, d.hidden});

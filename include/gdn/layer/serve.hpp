@@ -236,6 +236,7 @@ template <class T, class Backend>
 memory_requirement serve_requirement(const Backend& be, const layer_dims& d,
                                      const resident_serving<typename Backend::memory_type>& batch) {
   using memory = typename Backend::memory_type;
+  detail::check_heads(be, d);
   const cp_plan& p = batch.host.stream;
   workspace<memory> measure;
   detail::serving_buffers<T, memory>::take(be, measure, d, batch);
@@ -277,6 +278,7 @@ void serve(const Backend& be, const gated_delta_net<T, typename Backend::memory_
   const auto in = as_tensor<const T, 2, memory>(x);
   const auto out = as_tensor<T, 2, memory>(y);
   check_layer(layer, p);
+  detail::check_heads(be, d);
   check_pool(pool, d);
   expects<metadata_error>(pool.slots() == batch.host.slots, "the plan is for a pool of", batch.host.slots,
                           "slots, this one has", pool.slots());

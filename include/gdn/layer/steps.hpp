@@ -21,6 +21,14 @@ constexpr operation_sizes sizes_of(const layer_dims& d, index_t tokens) noexcept
   return {tokens, d.channels(), d.conv_width, d.value_heads, d.value_dim};
 }
 
+/// Refuses what the backend does not compute, before anything is enqueued.
+template <class Backend>
+void check_heads(const Backend& be, const layer_dims& d) {
+  if constexpr (requires { be.expects_head_sizes(d.key_dim, d.value_dim); }) {
+    be.expects_head_sizes(d.key_dim, d.value_dim);
+  }
+}
+
 /// The caller's rows in compute order: `moved`, or `x` itself where nothing has to move.
 template <class T, communicator Comm, class Backend, memory_kind Memory>
 matrix_of<const T, Backend> undo(const Backend& be, Comm& comm, const resident_plan<Memory>& plan,

@@ -15,6 +15,7 @@
 #include <gdn/cuda/conv1d_step.cuh>
 #include <gdn/cuda/delta_rule_ops.cuh>
 #include <gdn/cuda/gate.cuh>
+#include <gdn/cuda/head_sizes.hpp>
 #include <gdn/cuda/linear.cuh>
 #include <gdn/cuda/norm.cuh>
 #include <gdn/cuda/rows.cuh>
@@ -175,25 +176,29 @@ class backend {
     detail::gated_norm_backward<T>(dy, o, z, w, rstd, d_o, dz, dw, ws, s);
   }
 
-  // ---- delta_rule_ops.cuh ----
+  // ---- delta_rule_ops.cuh; sizes are refused by the calls that come first: those that ask for memory ----
+  static void expects_head_sizes(index_t key_dim, index_t value_dim) { cuda::expects_head_sizes(key_dim, value_dim); }
   template <device_type T>
   index_t delta_rule_prepared(const delta_rule_problem<T, device_memory>& problem) const {
+    expects_head_sizes(problem.key_dim, problem.value_dim);
     return detail::delta_rule_prepared<T>(limits_, problem);
   }
   template <device_type T>
   memory_requirement delta_rule_scratch(const delta_rule_problem<T, device_memory>& problem) const {
+    expects_head_sizes(problem.key_dim, problem.value_dim);
     return detail::delta_rule_scratch<T>(limits_, problem);
   }
   template <device_type T>
   void delta_rule_prepare(const delta_rule_problem<T, device_memory>& problem,
                           const delta_rule_inputs<T, device_memory>& in, summaries_ref<T, device_memory> prepared,
                           stream_ref s) const {
+    expects_head_sizes(problem.key_dim, problem.value_dim);
     detail::delta_rule_prepare<T>(limits_, problem, in, prepared, s);
   }
   template <device_type T>
   void delta_rule_summarise(const delta_rule_problem<T, device_memory>& problem,
                             const delta_rule_inputs<T, device_memory>& in,
-                            const_summaries_ref<T, device_memory> prepared,
+                            summaries_ref<T, device_memory> prepared,
                             tensor_ref<const published_summary, 1, device_memory> table,
                             const_states_ref<T, device_memory> h0, summaries_ref<T, device_memory> summaries,
                             workspace<device_memory>& ws, stream_ref s) const {
@@ -212,7 +217,7 @@ class backend {
   template <device_type T>
   void delta_rule_forward(const delta_rule_problem<T, device_memory>& problem,
                           const delta_rule_inputs<T, device_memory>& in,
-                          const_summaries_ref<T, device_memory> prepared, const_states_ref<T, device_memory> h0,
+                          summaries_ref<T, device_memory> prepared, const_states_ref<T, device_memory> h0,
                           tensor_ref<T, 3, device_memory> o, states_ref<T, device_memory> ht,
                           workspace<device_memory>& ws, stream_ref s) const {
     detail::delta_rule_forward<T>(limits_, problem, in, prepared, h0, o, ht, ws, s);
@@ -220,7 +225,7 @@ class backend {
   template <device_type T>
   void delta_rule_summarise_gradient(const delta_rule_problem<T, device_memory>& problem,
                                      const delta_rule_inputs<T, device_memory>& in,
-                                     const_summaries_ref<T, device_memory> prepared, detail::in_ref<T, 3> d_o,
+                                     summaries_ref<T, device_memory> prepared, detail::in_ref<T, 3> d_o,
                                      const_states_ref<T, device_memory> dht,
                                      tensor_ref<const published_summary, 1, device_memory> table,
                                      const_summaries_ref<T, device_memory> own,
@@ -231,7 +236,7 @@ class backend {
   template <device_type T>
   void delta_rule_backward(const delta_rule_problem<T, device_memory>& problem,
                            const delta_rule_inputs<T, device_memory>& in,
-                           const_summaries_ref<T, device_memory> prepared, const_states_ref<T, device_memory> h0,
+                           summaries_ref<T, device_memory> prepared, const_states_ref<T, device_memory> h0,
                            detail::in_ref<T, 3> d_o, const_states_ref<T, device_memory> dht,
                            const delta_rule_gradients<T, device_memory>& gradients, states_ref<T, device_memory> dh0,
                            workspace<device_memory>& ws, stream_ref s) const {
@@ -241,6 +246,7 @@ class backend {
   void delta_rule_step(float scale, const delta_rule_inputs<T, device_memory>& in,
                        tensor_ref<S, 4, device_memory> states, tensor_ref<const std::int32_t, 1, device_memory> slots,
                        tensor_ref<T, 3, device_memory> o, stream_ref s) const {
+    expects_head_sizes(states.extent(2), states.extent(3));
     detail::delta_rule_step<T, S>(scale, in, states, slots, o, s);
   }
 
@@ -263,6 +269,7 @@ class backend {
 };
 
 static_assert(gdn::backend<backend, float> && gdn::backend<backend, bfloat16> && gdn::backend<backend, float16>);
+static_assert(!gdn::backend<backend, double>);
 static_assert(serving_backend<backend, float, float> && serving_backend<backend, bfloat16, bfloat16> &&
               serving_backend<backend, float16, float>);
 
