@@ -2,6 +2,10 @@
 // The tensor cores' delta rule against the same rule in IEEE float, on the same 16-bit inputs.
 
 #include <cmath>
+#include <cstdio>
+#include <map>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -28,17 +32,13 @@ double relative_error(const std::vector<A>& a, const std::vector<B>& b) {
   return std::sqrt(error / size);
 }
 
+/// Operands of all products are rounded to T, which puts an error of half a unit in the last place on each, and results
+/// once more: sums over many of them are off by about one unit of their size. Gradients are products of products.
 template <class T>
-struct limits;
-template <>
-struct limits<bfloat16> {
-  static constexpr double forward = 3.1e-3;
-  static constexpr double gradient = 5.2e-3;
-};
-template <>
-struct limits<float16> {
-  static constexpr double forward = 1.0e-3;
-  static constexpr double gradient = 1.7e-3;
+struct limits {
+  static constexpr double unit = std::is_same_v<T, bfloat16> ? 0x1p-8 : 0x1p-11;
+  static constexpr double forward = unit;
+  static constexpr double gradient = 1.5 * unit;
 };
 
 template <class T>
@@ -98,6 +98,103 @@ TYPED_TEST(delta_rule_mma, MatchesIeeeFloatForwardAndBackward) {
     near("dg", fast.dg_, exact.dg_);
     near("dbeta", fast.d_beta_, exact.d_beta_);
     near("dh0", fast.dh0_, exact.dh0_);
+  }
+}
+
+/// Two documents, of which the longer one is cut in six pieces; and what summaries of them are asked for.
+template <class T>
+struct chained_run {
+  static constexpr index_t heads = 2, K = 128, states = heads * K * K;
+  rule_problem_on_device<T> p;
+  gdn::cuda::device_block memory{gdn::memory_requirement{4 * states * sizeof(float) + 1024}};
+  gdn::cuda::device_block tables{gdn::memory_requirement{4096}};
+  gdn::summaries_ref<T, device> summaries;
+  gdn::tensor_ref<gdn::published_summary, 1, device> table, reverse;
+
+  /// @param longest of segments, as the problem claims; it decides whether they are cut
+  chained_run(const gdn::cuda::backend& be, gdn::cuda::stream_ref s, index_t longest, bool chained)
+      : p(be, {1, heads, {3000, 1100}}, s) {
+    p.p_.chained = chained;
+    p.p_.longest = longest;
+    auto ws = memory.workspace();
+    summaries = ws.template take<float>(4 * states);
+    // The first starts from zero and hands on E and M; the second starts from its given state. Back, likewise.
+    auto places = tables.workspace();
+    table = places.template take<gdn::published_summary>(2);
+    reverse = places.template take<gdn::published_summary>(2);
+    const gdn::published_summary forward[] = {{0, -1, 0, states, -1}, {1, 1, 2 * states, 3 * states, -1}};
+    const gdn::published_summary back[] = {{0, -1, 0, -1, -1}, {1, 1, 2 * states, -1, -1}};
+    gdn::cuda::copy_to_device<gdn::published_summary>(forward, table, s);
+    gdn::cuda::copy_to_device<gdn::published_summary>(back, reverse, s);
+  }
+
+  /// Relative errors of all that comes out, against the same of the IEEE kernels.
+  std::map<std::string, double> errors(chained_run<float>& exact, gdn::cuda::stream_ref s) {
+    std::map<std::string, double> out;
+    const auto note = [&](const std::string& name, const auto& a, const auto& b) {
+      out[name] = relative_error(gdn::cuda::copy_to_host(a, s), gdn::cuda::copy_to_host(b, s));
+    };
+    const auto each = [&](auto&& f) {
+      f(*this);
+      f(exact);
+    };
+    each([&](auto& run) {
+      auto ws = run.p.memory_[1].workspace();
+      const auto& x = run.p;
+      x.be_.delta_rule_prepare(x.p_, x.in_, x.prepared_, s);
+      x.be_.delta_rule_summarise(x.p_, x.in_, x.prepared_, run.table, x.h0_, run.summaries, ws, s);
+      x.be_.delta_rule_forward(x.p_, x.in_, x.prepared_, x.h0_, x.o_, x.ht_, ws, s);
+    });
+    const auto parts = [&](const char* const (&names)[4]) {
+      for (index_t i = 0; i < 4; ++i) {
+        if (names[i] == nullptr) continue;
+        const auto part = [&](auto& run) {
+          return gdn::make_tensor<device>(run.summaries.data() + i * states, states);
+        };
+        note(names[i], part(*this), part(exact));
+      }
+    };
+    parts({"E", "M", "E from a state", "M of the second"});
+    note("o", p.o_, exact.p.o_);
+    note("ht", p.ht_, exact.p.ht_);
+    std::vector<float> wide;  // the same gradients for both
+    for (const T v : gdn::cuda::copy_to_host(p.o_, s)) wide.push_back(static_cast<float>(v));
+    gdn::cuda::copy_to_device<float>(wide, exact.p.o_, s);
+    gdn::cuda::copy_to_device<float>(gdn::cuda::copy_to_host(p.ht_, s), exact.p.ht_, s);
+    each([&](auto& run) {
+      auto ws = run.p.memory_[1].workspace();
+      const auto& x = run.p;
+      x.be_.delta_rule_summarise_gradient(x.p_, x.in_, x.prepared_, x.o_, x.ht_, run.reverse, run.summaries,
+                                          run.summaries, ws, s);
+      x.backward();
+    });
+    parts({"F", nullptr, "F from a gradient", nullptr});
+    note("dq", p.dq_, exact.p.dq_);
+    note("dk", p.dk_, exact.p.dk_);
+    note("dv", p.dv_, exact.p.dv_);
+    note("dg", p.dg_, exact.p.dg_);
+    note("dbeta", p.d_beta_, exact.p.d_beta_);
+    note("dh0", p.dh0_, exact.p.dh0_);
+    return out;
+  }
+};
+
+TYPED_TEST(delta_rule_mma, CuttingSegmentsLosesNothing) {
+  using T = TypeParam;
+  const auto run = [&](index_t longest, bool chained) {
+    chained_run<T> fast(this->be, this->s, longest, chained);
+    chained_run<float> exact(this->be, this->s, longest, chained);
+    this->copy_inputs(fast.p, exact.p, this->s);
+    return fast.errors(exact, this->s);
+  };
+  const auto whole = run(64, false);  // claims to be short, so nothing is cut
+  const auto cut = run(3000, false);
+  const auto chained = run(3000, true);
+  for (const auto& [name, error] : whole) {
+    std::printf("  %-18s whole %.2e, cut %.2e, chained %.2e\n", name.c_str(), error, cut.at(name), chained.at(name));
+    EXPECT_GT(error, 0) << name;
+    EXPECT_LE(cut.at(name), 1.1 * error) << name;
+    EXPECT_LE(chained.at(name), 1.1 * error) << name;
   }
 }
 

@@ -107,6 +107,14 @@ TEST_F(nccl_communicators, AGraphOfAnExchangeIsReplayedWithNewData) {
   });
 }
 
+TEST_F(nccl_communicators, AnEndKnowsTheDeviceThatWasCurrentWhenItWasMade) {
+  run_on_gpus(processes, {20s}, [](nccl_communicator& comm) {
+    int device = -1;
+    gdn::cuda::check(cudaGetDevice(&device), "cudaGetDevice");
+    EXPECT_EQ(comm.device(), device);  // not 0, where there are several GPUs
+  });
+}
+
 TEST_F(nccl_communicators, AnExchangeWaitsForNoMessage) {
   run_on_gpus(processes, {20s}, [](nccl_communicator& comm) {
     const gdn::cuda::stream s;

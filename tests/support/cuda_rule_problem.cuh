@@ -41,6 +41,7 @@ class rule_problem_on_device {
       p_.longest = std::max(p_.longest, n);
     }
     const auto N = static_cast<index_t>(segments.size());
+    p_.segments = gdn::make_tensor<device>(static_cast<const gdn::rule_segment*>(nullptr), N);  // sizes depend on N
     gdn::workspace<device> measure;
     carve(measure, N);
     memory_.emplace_back(measure.peak());
@@ -63,7 +64,6 @@ class rule_problem_on_device {
     be_.delta_rule_backward(p_, in_, prepared_, h0_, o_, ht_, {dq_, dk_, dv_, dg_, d_beta_}, dh0_, ws, s_);
   }
   index_t tokens() const { return p_.tokens; }
-
 
   // Open to tests, which look at results and call kernels themselves.
   void carve(gdn::workspace<device>& ws, index_t N) {
@@ -91,34 +91,43 @@ class rule_problem_on_device {
     in_ = {q_, k_, v_, g_, beta_};
   }
   void fill() {
+    // Normal numbers, which come again after a prime: drawing 10^8 of them would take longer than all else.
     std::mt19937 random(1);
-    std::normal_distribution<float> normal;
+    std::normal_distribution<float> distribution;
+    std::vector<float> numbers(1048583);
+    std::generate(numbers.begin(), numbers.end(), [&] { return distribution(random); });
+    std::size_t drawn = 0;
+    const auto normal = [&] {
+      drawn = drawn + 1 == numbers.size() ? 0 : drawn + 1;
+      return numbers[drawn];
+    };
     const auto unit = [&](const auto& t) {
       std::vector<T> host(static_cast<std::size_t>(t.size()));
       for (std::size_t row = 0; row < host.size() / 128; ++row) {
         float values[128];
         float sum = 0;
-        for (float& v : values) sum += (v = normal(random)) * v;
-        for (int i = 0; i < 128; ++i) host[row * 128 + static_cast<std::size_t>(i)] = T(values[i] / std::sqrt(sum));
+        for (float& v : values) sum += (v = normal()) * v;
+        const float scale = 1 / std::sqrt(sum);
+        for (int i = 0; i < 128; ++i) host[row * 128 + static_cast<std::size_t>(i)] = T(values[i] * scale);
       }
       gdn::cuda::copy_to_device<T>(host, t, s_);
     };
     unit(q_);
     unit(k_);
     std::vector<T> v(static_cast<std::size_t>(v_.size()));
-    std::generate(v.begin(), v.end(), [&] { return T(normal(random)); });
+    std::generate(v.begin(), v.end(), [&] { return T(normal()); });
     gdn::cuda::copy_to_device<T>(v, v_, s_);
     std::vector<float> g(static_cast<std::size_t>(g_.size()));
     std::vector<T> beta(g.size());
     for (std::size_t i = 0; i < g.size(); ++i) {
       const bool none = static_cast<index_t>(i) % p_.value_heads % 4 == 0;
-      g[i] = none ? 0.0f : -std::log1p(std::exp(-normal(random))) / 16;
-      beta[i] = T(1 / (1 + std::exp(-normal(random))));
+      g[i] = none ? 0.0f : -std::log1p(std::exp(-normal())) / 16;
+      beta[i] = T(1 / (1 + std::exp(-normal())));
     }
     gdn::cuda::copy_to_device<float>(g, g_, s_);
     gdn::cuda::copy_to_device<T>(beta, beta_, s_);
     std::vector<float> h(static_cast<std::size_t>(h0_.size()));
-    std::generate(h.begin(), h.end(), [&] { return normal(random); });
+    std::generate(h.begin(), h.end(), normal);
     gdn::cuda::copy_to_device<float>(h, h0_, s_);
     gdn::cuda::copy_to_device<float>(h, ht_, s_);
   }

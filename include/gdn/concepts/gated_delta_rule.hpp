@@ -26,6 +26,7 @@ struct delta_rule_problem {
   index_t longest = 0;      ///< tokens of the longest segment
   accumulate_t<T> scale{1};                        ///< of q, usually K^(-1/2)
   tensor_ref<const rule_segment, 1, Memory> segments;  ///< [N]
+  bool chained = false;  ///< summaries of segments will be asked for, so it pays to make them of use for all calls
 };
 
 /// q and k have unit length (l2norm is the prologue's); g <= 0 is the natural logarithm of the decay.
@@ -61,7 +62,8 @@ using const_summaries_ref = tensor_ref<const accumulate_t<T>, 1, Memory>;
 /// S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T,  o_t = scale S_t^T q_t,  a = exp(g)    (arXiv:2412.06464)
 ///
 /// 1. `delta_rule_prepared(problem)`: elements of accumulate_t that `delta_rule_prepare` leaves for all other calls
-///    (the inverses of the chunks' unit triangular matrices), once per forward. 0 if the backend keeps nothing.
+///    (the inverses of the chunks' unit triangular matrices), once per forward, and to which these may add, from forward
+///    to backward. 0 if the backend keeps nothing.
 /// 2. `delta_rule_scratch(problem)`: bytes that each of the calls may take from `ws`; free again on return.
 /// 3. `delta_rule_summarise(problem, in, prepared, table, h0, summaries, ws, s)`: E, and M where it is wanted, of
 ///    every published segment. E starts from the state `start` of h0, or from zero: so the first of a chain publishes
@@ -75,8 +77,11 @@ using const_summaries_ref = tensor_ref<const accumulate_t<T>, 1, Memory>;
 /// 7. `delta_rule_backward(problem, in, prepared, h0, d_o, dht, gradients, dh0, ws, s)`.
 /// 8. `delta_rule_step(scale, in, states, slots, o, s)`: one token per sequence; row i updates states[slots[i]] in
 ///    place and writes o[i]; slot -1 skips the row and writes zeros.
+/// Order: prepare, summarise, forward; summarise_gradient, backward. Where a problem is not `chained`, summaries may be
+/// left out; where it is, they are made with an empty table, too.
 /// Inputs are not written, outputs overlap nothing. Every call is enqueued on the stream, allocates nothing, and gives
-/// the same bits on every run. A segment's results depend on its own rows and states only.
+/// the same bits on every run. A segment's results depend on its own rows and states, and on the sizes of the problem:
+/// a backend may cut long segments where there are few.
 template <class B, class T>
 concept gated_delta_rule = requires(
     const B& be, const delta_rule_problem<T, typename B::memory_type>& problem,
@@ -94,12 +99,12 @@ concept gated_delta_rule = requires(
   { be.delta_rule_prepared(problem) } -> std::same_as<index_t>;
   { be.delta_rule_scratch(problem) } -> std::same_as<memory_requirement>;
   be.delta_rule_prepare(problem, in, summaries, s);
-  be.delta_rule_summarise(problem, in, prepared, table, state, summaries, ws, s);
+  be.delta_rule_summarise(problem, in, summaries, table, state, summaries, ws, s);
   be.compose(n, n, n, composes, summaries, s);
   be.fold(n, n, n, folds, links, prepared, state_out, s);
-  be.delta_rule_forward(problem, in, prepared, state, o, state_out, ws, s);
-  be.delta_rule_summarise_gradient(problem, in, prepared, d_o, state, table, prepared, summaries, ws, s);
-  be.delta_rule_backward(problem, in, prepared, state, d_o, state, gradients, state_out, ws, s);
+  be.delta_rule_forward(problem, in, summaries, state, o, state_out, ws, s);
+  be.delta_rule_summarise_gradient(problem, in, summaries, d_o, state, table, prepared, summaries, ws, s);
+  be.delta_rule_backward(problem, in, summaries, state, d_o, state, gradients, state_out, ws, s);
   be.delta_rule_step(scale, in, state_out, slots, o, s);
 };
 

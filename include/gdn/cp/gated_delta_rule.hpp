@@ -26,7 +26,8 @@ delta_rule_problem<T, Memory> rule_problem(index_t key_heads, const resident_pla
           p.chunks,
           p.longest_segment,
           static_cast<accumulate_t<T>>(1.0 / std::sqrt(static_cast<double>(s.key_dim))),
-          plan.rule_segments};
+          plan.rule_segments,
+          p.chain.elements > 0};
 }
 
 /// What the forward pass leaves for the backward one.

@@ -63,6 +63,7 @@ void rebuild(const Backend& be, const gated_delta_net<T, Memory>& layer, const r
   prologue<T>(be, layer, plan, act, s);
   if (all) {
     be.delta_rule_prepare(problem, act.rule_inputs(d), act.rule.prepared, s);
+    be.delta_rule_summarise(problem, act.rule_inputs(d), act.rule.prepared, {}, act.rule.h0, {}, ws, s);
     be.delta_rule_forward(problem, act.rule_inputs(d), act.rule.prepared, act.rule.h0,
                           split_columns(act.o, d.value_heads, d.value_dim), states_ref<T, Memory>{}, ws, s);
   }

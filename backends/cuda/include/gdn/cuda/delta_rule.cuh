@@ -488,58 +488,6 @@ __global__ void __launch_bounds__(cta_threads)
   });
 }
 
-// ---- the algebra between ranks, in IEEE float -----------------------------------------------------------------------
-
-template <class A>
-__global__ void __launch_bounds__(cta_threads)
-    compose_kernel(index_t K, index_t V, const compose_item* items, A* buffer) {
-  const compose_item e = items[blockIdx.x];
-  const index_t h = blockIdx.y;
-  const auto bias = [&](index_t at) { return buffer + at + h * K * V; };
-  const auto transition = [&](index_t at) { return buffer + at + h * K * K; };
-  if (blockIdx.z == 0) {
-    cta_for(K * V, [&](index_t i) { bias(e.bias)[i] = bias(e.later_bias)[i]; });
-    cta_product(K, V, K, {transition(e.later_transition), K}, {bias(e.earlier_bias), V}, bias(e.bias), V, true);
-  } else if (e.transition >= 0) {
-    cta_product(K, K, K, {transition(e.later_transition), K}, {transition(e.earlier_transition), K},
-                transition(e.transition), K, false);
-  }
-}
-
-inline constexpr index_t fold_columns = 16;
-
-/// Columns of a state are independent: a block folds some of them, the running state in shared memory.
-template <class A>
-__global__ void __launch_bounds__(cta_threads)
-    fold_kernel(index_t K, index_t V, const fold_item* items, const fold_link* links, const A* summaries,
-                tensor_ref<A, 4, device_memory> states) {
-  extern __shared__ float both[];  // [2, K, columns]
-  const fold_item e = items[blockIdx.x];
-  const index_t h = blockIdx.y;
-  const index_t column = blockIdx.z * fold_columns;
-  const index_t n = V - column < fold_columns ? V - column : fold_columns;
-  float* S = both;
-  float* next = both + K * fold_columns;
-  for (index_t i = e.begin; i < e.begin + e.count; ++i) {
-    const fold_link link = links[i];
-    const float* E = summaries + link.bias + h * K * V + column;
-    const float* M = summaries + link.transition + h * K * K;
-    cta_for(K * n, [&](index_t at) {
-      const index_t row = at / n;
-      const index_t j = at % n;
-      float sum = E[row * V + j];
-      if (i > e.begin) {
-        for (index_t k = 0; k < K; ++k) sum += M[row * K + k] * S[k * n + j];
-      }
-      next[at] = sum;
-    });
-    float* swapped = S;
-    S = next;
-    next = swapped;
-  }
-  cta_for(K * n, [&](index_t at) { states(e.target, h, at / n, column + at % n) = S[at]; });
-}
-
 }  // namespace cuda::detail
 }  // namespace v0
 }  // namespace gdn

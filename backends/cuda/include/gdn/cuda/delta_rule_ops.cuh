@@ -10,8 +10,10 @@
 #include <gdn/core/workspace.hpp>
 #include <gdn/cuda/delta_rule.cuh>
 #include <gdn/cuda/delta_rule_step.cuh>
+#include <gdn/cuda/head_sizes.hpp>
 #include <gdn/cuda/mma_gated.cuh>
 #include <gdn/cuda/mma_gradients.cuh>
+#include <gdn/cuda/mma_pieces.cuh>
 #include <gdn/cuda/mma_prepare.cuh>
 #include <gdn/cuda/mma_reverse_scan.cuh>
 #include <gdn/cuda/mma_scan.cuh>
@@ -38,8 +40,7 @@ void check_problem(problem_ref<T> p, rule_inputs_ref<T> in) {
                        "must be a multiple of key heads", p.key_heads);
   expects<backend_error>(1 <= p.chunk && p.chunk <= max_chunk, "the chunk length must lie in 1 to", max_chunk, ", is",
                          p.chunk);
-  expects<backend_error>(p.key_dim <= 256 && p.value_dim <= 256, "heads of", p.key_dim, "x", p.value_dim,
-                         "are not supported; 256 is the most");
+  expects_head_sizes(p.key_dim, p.value_dim);
   expects_shape(in.q, "q", {p.tokens, p.key_heads, p.key_dim});
   expects_shape(in.k, "k", {p.tokens, p.key_heads, p.key_dim});
   expects_shape(in.v, "v", {p.tokens, p.value_heads, p.value_dim});
@@ -117,13 +118,15 @@ void with_key_width(index_t key_dim, F&& f) {
 }
 inline index_t mma_blocks(index_t columns) { return divide_up(columns, mma_values); }
 
-/// The most that any call takes: backward keeps the states before all chunks, and their gradients.
+/// The most that any call takes: backward keeps the states before all chunks, their gradients, and those between pieces.
 template <class T>
 memory_requirement delta_rule_scratch(device_limits device, problem_ref<T> p) {
   workspace<device_memory> backward;
   if (fits_mma<T>(device, p)) {
+    const auto pieces = cut_segments(device.sm_count, p);
     take_gated(p, true, backward);
     backward.take<T>(2, mma_state_elements(p));
+    backward.take<float>(piece_rows(pieces, p), p.value_dim);
     return backward.peak();
   }
   constexpr index_t all = index_t{1} << 40;
@@ -144,12 +147,22 @@ index_t inverse_elements(problem_ref<T> p) {
   return divide_up(p.chunks * p.value_heads * p.chunk * p.chunk * static_cast<index_t>(sizeof(T)), sizeof(float));
 }
 
-/// prepare() has no workspace: its scratch is three matrices of one chunk per block, behind the inverses.
+/// What follows the inverses begins at a multiple of 64 elements.
+template <class T>
+index_t inverses_end(problem_ref<T> p) {
+  return divide_up(inverse_elements<T>(p), 64) * 64;
+}
+/// Behind the inverses: what is known of pieces. prepare() has no workspace: without tensor cores its scratch is there,
+/// three matrices of one chunk per block.
 template <class T>
 index_t delta_rule_prepared(device_limits device, problem_ref<T> p) {
-  const index_t inverses = divide_up(inverse_elements<T>(p), 64) * 64;
-  if (fits_mma<T>(device, p)) return inverses;
-  return inverses + std::min<index_t>(p.chunks * p.value_heads, 4 * device.sm_count) * (p.chunk * (p.key_dim + 2 * p.chunk));
+  if (fits_mma<T>(device, p)) return inverses_end<T>(p) + piece_elements(cut_segments(device.sm_count, p), p);
+  return inverses_end<T>(p) +
+         std::min<index_t>(p.chunks * p.value_heads, 4 * device.sm_count) * (p.chunk * (p.key_dim + 2 * p.chunk));
+}
+template <class T>
+segment_pieces pieces_of(device_limits device, problem_ref<T> p, summaries_ref<T, device_memory> prepared) {
+  return place_pieces(cut_segments(device.sm_count, p), p, prepared.data() + inverses_end<T>(p));
 }
 
 template <class T>
@@ -169,7 +182,7 @@ void delta_rule_prepare(device_limits device, problem_ref<T> p, rule_inputs_ref<
   }
   launch("delta_rule_prepare", prepare_kernel<T>,
          grid_of(std::min<index_t>(p.chunks * p.value_heads, 4 * device.sm_count)), cta_threads, 0, s, p, in, inverses,
-         prepared.data() + divide_up(inverse_elements<T>(p), 64) * 64, p.chunk * (p.key_dim + 2 * p.chunk));
+         prepared.data() + inverses_end<T>(p), p.chunk * (p.key_dim + 2 * p.chunk));
 }
 
 /// What the walks over segments need of every chunk, taken from `ws`.
@@ -185,28 +198,55 @@ gated_chunks<T> make_gated(problem_ref<T> p, rule_inputs_ref<T> in, const T* inv
   return gated;
 }
 
-/// Walks over `units` segments or published segments.
+/// The walks over all pieces, from the states that are known of them.
 template <class T, scan Mode>
-void run_scan_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_chunks<T>& gated, const scan_targets<T>& to,
-                  index_t units, T* states, stream_ref s) {
-  const index_t columns = Mode == scan::transition ? p.key_dim : p.value_dim;
+void run_scan_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_chunks<T>& gated, const segment_pieces& pieces,
+                  const scan_targets<T>& to, T* states, stream_ref s) {
   with_key_width(p.key_dim, [&](auto key) {
-    launch("delta_rule_scan", scan_mma_kernel<T, key(), Mode>, grid_of(mma_blocks(columns), p.value_heads, units),
-           scan_mma_threads, scan_shared<key(), Mode == scan::output>::bytes, s, p, in, gated, to, states);
+    launch("delta_rule_scan", scan_mma_kernel<T, key(), Mode>,
+           grid_of(mma_blocks(p.value_dim), p.value_heads, p.segments.extent(0) * pieces.count), scan_mma_threads,
+           scan_shared<key(), Mode == scan::output>::bytes, s, p, in, gated, pieces, to, states);
+  });
+}
+template <class T, bool Summary>
+void run_reverse_scan_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_chunks<T>& gated,
+                          const segment_pieces& pieces, const reverse_targets<T>& to, bool chained,
+                          tensor_ref<T, 3, device_memory> d_v, T* d_states, stream_ref s) {
+  check_pieces("d_o", to.d_o);
+  if (!Summary) check_pieces("dv", d_v);
+  const index_t units = Summary && !pieces.cut() ? to.table.extent(0) : p.segments.extent(0) * pieces.count;
+  with_key_width(p.key_dim, [&](auto key) {
+    launch("delta_rule_reverse_scan", reverse_scan_mma_kernel<T, key(), Summary>,
+           grid_of(mma_blocks(p.value_dim), p.value_heads, units), scan_mma_threads, scan_shared<key(), true>::bytes, s,
+           p, in, gated, pieces, to, d_v, d_states, chained);
   });
 }
 
-template <class T, bool Summary>
-void run_reverse_scan_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_chunks<T>& gated,
-                          const reverse_targets<T>& to, index_t units, tensor_ref<T, 3, device_memory> d_v, T* d_states,
-                          stream_ref s) {
-  check_pieces("d_o", to.d_o);
-  if (!Summary) check_pieces("dv", d_v);
+/// E and M of all pieces, or of published segments where nothing is cut.
+template <class T>
+void run_summary_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_chunks<T>& gated, const segment_pieces& pieces,
+                     const scan_targets<T>& to, bool chained, stream_ref s) {
+  const index_t units = pieces.cut() ? p.segments.extent(0) * pieces.count : to.table.extent(0);
   with_key_width(p.key_dim, [&](auto key) {
-    launch("delta_rule_reverse_scan", reverse_scan_mma_kernel<T, key(), Summary>,
-           grid_of(mma_blocks(p.value_dim), p.value_heads, units), scan_mma_threads,
-           scan_shared<key(), true>::bytes, s, p, in, gated, to, d_v, d_states);
+    launch("delta_rule_summary", summary_mma_kernel<T, key()>,
+           grid_of(mma_blocks(p.value_dim) + mma_blocks(p.key_dim), p.value_heads, units), scan_mma_threads,
+           scan_shared<key(), false>::bytes, s, p, in, gated, pieces, to, chained);
   });
+}
+/// The states between pieces, or going back the gradients, in scratch of the call's own.
+template <class T, bool Back>
+void run_fold_pieces(problem_ref<T> p, const segment_pieces& pieces, const_states_ref<T, device_memory> given,
+                     bool apply_given, stream_ref s) {
+  launch("fold_pieces", fold_pieces_kernel<T, Back>,
+         grid_of(algebra_blocks(p.value_dim), p.value_heads, p.segments.extent(0)), algebra_threads, 0, s, p, pieces,
+         given, apply_given);
+}
+template <class T, bool Back>
+void run_join_pieces(problem_ref<T> p, const segment_pieces& pieces, const_states_ref<T, device_memory> given,
+                     tensor_ref<const published_summary, 1, device_memory> table, float* summaries, stream_ref s) {
+  const index_t columns = algebra_blocks(p.value_dim) + (Back ? 0 : algebra_blocks(p.key_dim));  // M^T is copied
+  launch("join_pieces", join_pieces_kernel<T, Back>, grid_of(columns, p.value_heads, table.extent(0)), algebra_threads,
+         0, s, p, pieces, given, table, summaries);
 }
 
 template <class T, scan Mode>
@@ -220,7 +260,7 @@ void run_scan(device_limits device, problem_ref<T> p, rule_inputs_ref<T> in, con
 
 template <class T>
 void delta_rule_summarise(device_limits device, problem_ref<T> p, rule_inputs_ref<T> in,
-                          const_summaries_ref<T, device_memory> prepared,
+                          summaries_ref<T, device_memory> prepared,
                           tensor_ref<const published_summary, 1, device_memory> table,
                           const_states_ref<T, device_memory> h0, summaries_ref<T, device_memory> summaries,
                           workspace<device_memory>& ws, stream_ref s) {
@@ -228,11 +268,13 @@ void delta_rule_summarise(device_limits device, problem_ref<T> p, rule_inputs_re
   const scan_targets<T> to{inverses_of<T>(prepared), h0, {}, {}, table, summaries.data(), nullptr};
   if constexpr (sizeof(T) == 2) {
     if (fits_mma<T>(device, p)) {
-      if (table.extent(0) == 0) return;
+      auto pieces = pieces_of<T>(device, p, prepared);
+      if (!p.chained) pieces.count = 1;  // forward makes its own, from states that it knows
+      if (table.extent(0) == 0 && !pieces.cut()) return;
       const scoped_mark scope(ws);
       const auto gated = make_gated<T, false>(p, in, to.prepared, ws, s);
-      run_scan_mma<T, scan::bias>(p, in, gated, to, table.extent(0), nullptr, s);
-      run_scan_mma<T, scan::transition>(p, in, gated, to, table.extent(0), nullptr, s);
+      run_summary_mma<T>(p, in, gated, pieces, to, p.chained, s);
+      if (pieces.cut()) run_join_pieces<T, false>(p, pieces, h0, table, summaries.data(), s);
       return;
     }
   }
@@ -242,7 +284,7 @@ void delta_rule_summarise(device_limits device, problem_ref<T> p, rule_inputs_re
 
 template <class T>
 void delta_rule_forward(device_limits device, problem_ref<T> p, rule_inputs_ref<T> in,
-                        const_summaries_ref<T, device_memory> prepared, const_states_ref<T, device_memory> h0,
+                        summaries_ref<T, device_memory> prepared, const_states_ref<T, device_memory> h0,
                         tensor_ref<T, 3, device_memory> o, states_ref<T, device_memory> ht,
                         workspace<device_memory>& ws, stream_ref s) {
   check_problem<T>(p, in);
@@ -251,8 +293,14 @@ void delta_rule_forward(device_limits device, problem_ref<T> p, rule_inputs_ref<
     if (fits_mma<T>(device, p)) {
       check_pieces("o", o);
       const scoped_mark scope(ws);
+      auto pieces = pieces_of<T>(device, p, prepared);
       const auto gated = make_gated<T, true>(p, in, to.prepared, ws, s);
-      run_scan_mma<T, scan::output>(p, in, gated, to, p.segments.extent(0), nullptr, s);
+      if (pieces.cut()) {
+        pieces.between = ws.take<float>(piece_rows(pieces, p), p.value_dim).data();
+        if (!p.chained) run_summary_mma<T>(p, in, gated, pieces, to, false, s);
+        run_fold_pieces<T, false>(p, pieces, h0, p.chained, s);
+      }
+      run_scan_mma<T, scan::output>(p, in, gated, pieces, to, nullptr, s);
       return;
     }
   }
@@ -261,23 +309,26 @@ void delta_rule_forward(device_limits device, problem_ref<T> p, rule_inputs_ref<
 
 template <class T>
 void delta_rule_summarise_gradient(device_limits device, problem_ref<T> p, rule_inputs_ref<T> in,
-                                   const_summaries_ref<T, device_memory> prepared,
+                                   summaries_ref<T, device_memory> prepared,
                                    tensor_ref<const T, 3, device_memory> d_o, const_states_ref<T, device_memory> dht,
                                    tensor_ref<const published_summary, 1, device_memory> table,
                                    const_summaries_ref<T, device_memory> own,
                                    summaries_ref<T, device_memory> summaries, workspace<device_memory>& ws,
                                    stream_ref s) {
   check_problem<T>(p, in);
-  if (table.extent(0) == 0) return;
   const reverse_targets<T> to{inverses_of<T>(prepared), d_o, dht, table, summaries.data(), nullptr, {}};
   const bool mma = fits_mma<T>(device, p);
   if constexpr (sizeof(T) == 2) {
-    if (mma) {
+    auto pieces = pieces_of<T>(device, p, prepared);
+    if (!p.chained) pieces.count = 1;
+    if (mma && (table.extent(0) > 0 || pieces.cut())) {
       const scoped_mark scope(ws);
       const auto gated = make_gated<T, true>(p, in, to.prepared, ws, s);
-      run_reverse_scan_mma<T, true>(p, in, gated, to, table.extent(0), {}, nullptr, s);
+      run_reverse_scan_mma<T, true>(p, in, gated, pieces, to, p.chained, {}, nullptr, s);
+      if (pieces.cut()) run_join_pieces<T, true>(p, pieces, dht, table, summaries.data(), s);
     }
   }
+  if (table.extent(0) == 0) return;
   if (!mma) {
     const scoped_mark scope(ws);
     const block_scratch b =
@@ -291,7 +342,7 @@ void delta_rule_summarise_gradient(device_limits device, problem_ref<T> p, rule_
 
 template <class T>
 void delta_rule_backward(device_limits device, problem_ref<T> p, rule_inputs_ref<T> in,
-                         const_summaries_ref<T, device_memory> prepared, const_states_ref<T, device_memory> h0,
+                         summaries_ref<T, device_memory> prepared, const_states_ref<T, device_memory> h0,
                          tensor_ref<const T, 3, device_memory> d_o, const_states_ref<T, device_memory> dht,
                          const delta_rule_gradients<T, device_memory>& out, states_ref<T, device_memory> dh0,
                          workspace<device_memory>& ws, stream_ref s) {
@@ -302,12 +353,20 @@ void delta_rule_backward(device_limits device, problem_ref<T> p, rule_inputs_ref
     if (fits_mma<T>(device, p)) {
       const auto states = ws.take<T>(2, mma_state_elements(p));
       T* d_states = states.data() + mma_state_elements(p);
-      const index_t N = p.segments.extent(0);
       const T* inverses = inverses_of<T>(prepared);
+      auto pieces = pieces_of<T>(device, p, prepared);
+      if (pieces.cut()) pieces.between = ws.take<float>(piece_rows(pieces, p), p.value_dim).data();
       const auto gated = make_gated<T, true>(p, in, inverses, ws, s);
-      run_scan_mma<T, scan::states>(p, in, gated, {inverses, h0, {}, {}, {}, nullptr, nullptr}, N, states.data(), s);
-      run_reverse_scan_mma<T, false>(p, in, gated, {inverses, d_o, dht, {}, nullptr, nullptr, dh0}, N, out.v, d_states,
-                                     s);
+
+      if (pieces.cut()) run_fold_pieces<T, false>(p, pieces, h0, p.chained, s);
+      run_scan_mma<T, scan::states>(p, in, gated, pieces, {inverses, h0, {}, {}, {}, nullptr, nullptr}, states.data(), s);
+
+      const reverse_targets<T> to{inverses, d_o, dht, {}, nullptr, nullptr, dh0};
+      if (pieces.cut()) {
+        if (!p.chained) run_reverse_scan_mma<T, true>(p, in, gated, pieces, to, false, {}, nullptr, s);
+        run_fold_pieces<T, true>(p, pieces, dht, p.chained, s);
+      }
+      run_reverse_scan_mma<T, false>(p, in, gated, pieces, to, p.chained, out.v, d_states, s);
       with_key_width(p.key_dim, [&](auto key) {
         const auto run = [&](auto stages) {
           launch("delta_rule_gradients", gradients_mma_kernel<T, key(), stages()>, grid_of(p.chunks, p.key_heads),
@@ -338,20 +397,6 @@ void delta_rule_backward(device_limits device, problem_ref<T> p, rule_inputs_ref
   launch("delta_rule_gradients", chunk_gradients_kernel<T>, grid_of(b.blocks), cta_threads, 0, s, p, in,
          inverses_of<T>(prepared), static_cast<const float*>(states.data()), static_cast<const float*>(d_states), d_o, out,
          b.data, b.stride);
-}
-
-inline void compose(index_t heads, index_t K, index_t V, tensor_ref<const compose_item, 1, device_memory> items,
-                    tensor_ref<float, 1, device_memory> summaries, stream_ref s) {
-  launch("compose", compose_kernel<float>, grid_of(items.extent(0), heads, 2), cta_threads, 0, s, K, V, items.data(),
-         summaries.data());
-}
-
-inline void fold(index_t heads, index_t K, index_t V, tensor_ref<const fold_item, 1, device_memory> items,
-                 tensor_ref<const fold_link, 1, device_memory> links, in_ref<float, 1> summaries,
-                 tensor_ref<float, 4, device_memory> states, stream_ref s) {
-  launch("fold", fold_kernel<float>, grid_of(items.extent(0), heads, divide_up(V, fold_columns)), cta_threads,
-         static_cast<std::size_t>(2 * K * fold_columns) * sizeof(float), s, K, V, items.data(), links.data(),
-         summaries.data(), states);
 }
 
 }  // namespace cuda::detail

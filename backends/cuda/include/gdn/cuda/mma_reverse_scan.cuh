@@ -2,34 +2,53 @@
 #pragma once
 /// @file  The delta rule's walk from the end of a segment to its begin on tensor cores: gradients of states and values.
 
+#include <type_traits>
+
 #include <gdn/cuda/mma_scan.cuh>
 
 namespace gdn {
 inline namespace v0 {
 namespace cuda::detail {
 
-/// Walks back over the chunks of (segment, value head, 64 columns of V). As in the forward walk a warp owns 16 columns:
+/// Walks back over the chunks of (piece, value head, 64 columns of V). As in the forward walk a warp owns 16 columns:
 ///   dD^T = dS^T K^T diag(e^(c_C - c)) + dO^T P;  dV^T = dW^T = dD^T T;  dU^T = -dW^T diag(e^c);
 ///   dS^T <- e^(c_C) dS^T + dU^T K + dO^T diag(scale e^c) Q.
-/// Writes dV, and the gradient of the state after each chunk in 16 bits [chunks, Hv, V, K]; of a summary only what
-/// arrives before the segment.
+/// Writes dV, and the gradient of the state after each chunk in 16 bits [chunks, Hv, V, K]; of a summary only F, what
+/// arrives before the piece.
+/// @param chained of summaries: F of a last piece starts from zero, not from the given gradient, and no piece is left
+///                out
 template <class T, int Key, bool Summary>
 __global__ void __launch_bounds__(scan_mma_threads, 2)
     reverse_scan_mma_kernel(delta_rule_problem<T, device_memory> p, delta_rule_inputs<T, device_memory> in,
-                            gated_chunks<T> gated, reverse_targets<T> to, tensor_ref<T, 3, device_memory> d_v,
-                            T* d_states) {
+                            gated_chunks<T> gated, segment_pieces pieces, reverse_targets<T> to,
+                            tensor_ref<T, 3, device_memory> d_v, T* d_states, bool chained) {
   extern __shared__ __align__(1024) unsigned char tiles[];
   using stage_type = scan_stage<Key, true>;
 
   const index_t column = blockIdx.x * static_cast<index_t>(mma_values);
   const index_t head = blockIdx.y;
+  const bool of_table = Summary && !pieces.cut();
   published_summary entry{};
-  if constexpr (Summary) entry = to.table(blockIdx.z);
-  const rule_segment segment = p.segments(Summary ? entry.segment : static_cast<index_t>(blockIdx.z));
+  if (of_table) entry = to.table(blockIdx.z);
+  const piece part = of_table ? piece(p.segments(entry.segment)) : piece(p.segments, pieces, blockIdx.z);
+  if (part.empty()) return;
+  const rule_segment& segment = part.segment;
+  const index_t state_size = p.key_dim * p.value_dim;
+  state_source start;
+  if (of_table) {
+    start = state_source(to.dht, entry.start, head);
+  } else if (Summary) {
+    if (!chained && part.first()) return;
+    if (!chained && part.last()) start = state_source(to.dht, segment.dht, head);
+  } else if (part.last()) {
+    start = state_source(to.dht, segment.dht, head);
+  } else {
+    start = state_source(pieces.between + ((part.unit + 1) * p.value_heads + head) * state_size, p.value_dim);
+  }
+
   const int value_pieces = pieces_from(p.value_dim, column);
   const int v0 = 16 * static_cast<int>(threadIdx.x / 32);
   const quad_place at;
-  const auto chunks = static_cast<int>((segment.count + mma_chunk - 1) / mma_chunk);
   const auto load_chunk = [&](int i) {
     const index_t token = segment.begin + static_cast<index_t>(i) * mma_chunk;
     stage_type(tiles, i).template load<T>(p, in, gated, segment.chunk_begin + i, head, token,
@@ -38,21 +57,16 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
   };
 
   state_columns<Key> d_state;
-  const std::int32_t start = Summary ? entry.start : segment.dht;
-  d_state.for_each([&](float& x, int k, int v) {
-    const index_t j = column + v0 + v;
-    x = start >= 0 && to.dht.data() != nullptr && k < p.key_dim && j < p.value_dim ? to.dht(start, head, k, j) : 0.0f;
-  });
-
-  load_chunk(chunks - 1);
-  for (int i = chunks - 1; i >= 0; --i) {
+  read_state(d_state, start, p.key_dim, p.value_dim, column + v0);
+  load_chunk(part.end - 1);
+  for (int i = part.end - 1; i >= part.begin; --i) {
     if constexpr (!Summary) {
       d_state.store(d_states +
                     (((segment.chunk_begin + i) * p.value_heads + head) * gridDim.x * mma_values + column + v0) * Key);
     }
     wait_copies<0>();
     __syncthreads();  // chunk i is here, and chunk i + 1 is not read any more
-    if (i > 0) load_chunk(i - 1);
+    if (i > part.begin) load_chunk(i - 1);
     const stage_type now(tiles, i);
     const tile<Key> keys = now.keys();
     const tile<Key> queries = now.queries();
@@ -105,25 +119,41 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
         mma<T>(dW[2 * n + 1], a, b[2], b[3]);
       }
     }
-    d_state.scale(now.all());
+    // float16 ends at 6e-8, so e^c would not survive as an operand where the first gate is strong. Decays only fall: in
+    // units of the first they are near 1 wherever they matter, and the sum takes the unit in float.
+    float unit = 1.0f;
+    float in_units = 1.0f;
+    if constexpr (std::is_same_v<T, float16>) {
+      unit = now.decay[0];
+      in_units = unit >= 0x1p-126f ? 1.0f / unit : 0.0f;
+    }
+    d_state.scale(in_units * now.all());
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       std::uint32_t dU[4];
       std::uint32_t decayed[4];
+      std::uint32_t rounded[4];  // what rounding took from decayed: without it dh0 has up to twice the error
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float d0 = now.decay[16 * k + 8 * h + at.column];
-        const float d1 = now.decay[16 * k + 8 * h + at.column + 1];
+        const float d0 = in_units * now.decay[16 * k + 8 * h + at.column];
+        const float d1 = in_units * now.decay[16 * k + 8 * h + at.column + 1];
         dU[2 * h] = pack2<T>(-d0 * dW[2 * k + h][0], -d1 * dW[2 * k + h][1]);
         dU[2 * h + 1] = pack2<T>(-d0 * dW[2 * k + h][2], -d1 * dW[2 * k + h][3]);
         const float2 low = unpack2<T>(dO[k][2 * h]);
         const float2 high = unpack2<T>(dO[k][2 * h + 1]);
-        decayed[2 * h] = pack2<T>(p.scale * d0 * low.x, p.scale * d1 * low.y);
-        decayed[2 * h + 1] = pack2<T>(p.scale * d0 * high.x, p.scale * d1 * high.y);
+        const auto split = [&](int j, float x, float y) {
+          decayed[j] = pack2<T>(x, y);
+          const float2 near = unpack2<T>(decayed[j]);
+          rounded[j] = pack2<T>(x - near.x, y - near.y);
+        };
+        split(2 * h, p.scale * d0 * low.x, p.scale * d1 * low.y);
+        split(2 * h + 1, p.scale * d0 * high.x, p.scale * d1 * high.y);
       }
       d_state.template add_product<T>(dU, keys, k);
       d_state.template add_product<T>(decayed, queries, k);
+      d_state.template add_product<T>(rounded, queries, k);
     }
+    if constexpr (std::is_same_v<T, float16>) d_state.scale(unit);
     if constexpr (!Summary) {
       __syncwarp();
       store_columns<T>(dW, values, v0, &d_v(segment.begin + static_cast<index_t>(i) * mma_chunk, head, column),
@@ -132,16 +162,12 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
   }
 
   if constexpr (Summary) {
-    float* place = to.summaries + entry.bias + head * p.key_dim * p.value_dim;
-    d_state.for_each([&](float& x, int k, int v) {
-      const index_t j = column + v0 + v;
-      if (k < p.key_dim && j < p.value_dim) place[k * p.value_dim + j] = x;
-    });
-  } else if (segment.dh0 >= 0 && to.dh0.data() != nullptr) {
-    d_state.for_each([&](float& x, int k, int v) {
-      const index_t j = column + v0 + v;
-      if (k < p.key_dim && j < p.value_dim) to.dh0(segment.dh0, head, k, j) = x;
-    });
+    float* place = of_table ? to.summaries + entry.bias + head * state_size
+                            : pieces.gradients + (part.unit * p.value_heads + head) * state_size;
+    write_state(d_state, place, p.value_dim, 1, p.key_dim, p.value_dim, column + v0);
+  } else if (part.first() && segment.dh0 >= 0 && to.dh0.data() != nullptr) {
+    write_state(d_state, &to.dh0(segment.dh0, head, 0, 0), to.dh0.stride(2), to.dh0.stride(3), p.key_dim, p.value_dim,
+                column + v0);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include <gdn/cuda/delta_rule.cuh>
 #include <gdn/cuda/mma_gated.cuh>
+#include <gdn/cuda/mma_pieces.cuh>
 
 namespace gdn {
 inline namespace v0 {
@@ -148,35 +149,25 @@ __device__ void store_columns(const float (&results)[8][4], tile<mma_values> thr
   }
 }
 
-/// Walks over the chunks of (segment, value head, 64 columns of V). A warp owns 16 columns for the whole segment: its
-/// part of S^T [16, K] stays in its accumulators, and is operand A of all products with the state:
+/// Walks over the chunks of (piece, value head, 64 columns of V). A warp owns 16 columns all along: its part of S^T
+/// [16, K] stays in its accumulators, and is operand A of all products with the state:
 ///   U^T = S^T K^T;  W^T = V^T - U^T diag(e^c);  D^T = W^T T^T;  O^T = S^T Q^T diag(scale e^c) + D^T P^T;
 ///   S^T <- e^(c_C) S^T + D^T diag(e^(c_C - c)) K.
 /// Results become operands without a shuffle, so warps meet only when a stage has arrived and when it is free again.
-/// The transition of a segment is what its walk makes of the identity where V is zero.
+/// The transition of a piece is what its walk makes of the identity where V is zero.
 template <class T, int Key, scan Mode>
-__global__ void __launch_bounds__(scan_mma_threads, 2)
-    scan_mma_kernel(delta_rule_problem<T, device_memory> p, delta_rule_inputs<T, device_memory> in,
-                    gated_chunks<T> gated, scan_targets<T> to, T* states) {
-  extern __shared__ __align__(1024) unsigned char tiles[];
+__device__ void walk(const delta_rule_problem<T, device_memory>& p, const delta_rule_inputs<T, device_memory>& in,
+                     const gated_chunks<T>& gated, const piece& part, index_t head, index_t column,
+                     unsigned char* tiles, state_columns<Key>& state, const tensor_ref<T, 3, device_memory>& o,
+                     T* states) {
   constexpr bool output = Mode == scan::output;
-  constexpr bool summary = Mode == scan::bias || Mode == scan::transition;
   constexpr bool has_values = Mode != scan::transition;
   using stage_type = scan_stage<Key, output>;
 
-  const index_t column = blockIdx.x * static_cast<index_t>(mma_values);
-  const index_t head = blockIdx.y;
-  published_summary entry{};
-  if constexpr (summary) entry = to.table(blockIdx.z);
-  if constexpr (Mode == scan::transition) {
-    if (entry.transition < 0) return;
-  }
-  const rule_segment segment = p.segments(summary ? entry.segment : static_cast<index_t>(blockIdx.z));
-  const index_t columns = has_values ? p.value_dim : p.key_dim;
-  const int value_pieces = pieces_from(columns, column);
+  const rule_segment& segment = part.segment;
+  const int value_pieces = has_values ? pieces_from(p.value_dim, column) : 0;
   const int v0 = 16 * static_cast<int>(threadIdx.x / 32);  // the warp's columns, of the block's
   const quad_place at;
-  const auto chunks = static_cast<int>((segment.count + mma_chunk - 1) / mma_chunk);
   const auto load_chunk = [&](int i) {
     const index_t token = segment.begin + static_cast<index_t>(i) * mma_chunk;
     stage_type(tiles, i).template load<T>(p, in, gated, segment.chunk_begin + i, head, token,
@@ -185,27 +176,17 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
                                           value_pieces);
   };
 
-  state_columns<Key> state;
-  const std::int32_t start = summary ? entry.start : segment.h0;
-  state.for_each([&](float& x, int k, int v) {
-    const index_t j = column + v0 + v;
-    if constexpr (Mode == scan::transition) {
-      x = k == j ? 1.0f : 0.0f;
-    } else {
-      x = start >= 0 && to.h0.data() != nullptr && k < p.key_dim && j < columns ? to.h0(start, head, k, j) : 0.0f;
-    }
-  });
-
-  load_chunk(0);
-  for (int i = 0; i < chunks; ++i) {
+  load_chunk(part.begin);
+  for (int i = part.begin; i < part.end; ++i) {
     if constexpr (Mode == scan::states) {
+      const index_t blocks = (p.value_dim + mma_values - 1) / mma_values;
       state.store(states +
-                  (((segment.chunk_begin + i) * p.value_heads + head) * gridDim.x * mma_values + column + v0) * Key);
-      if (i + 1 == chunks) break;
+                  (((segment.chunk_begin + i) * p.value_heads + head) * blocks * mma_values + column + v0) * Key);
+      if (i + 1 == part.end) break;
     }
     wait_copies<0>();
     __syncthreads();  // chunk i is here, and chunk i - 1 is not read any more
-    if (i + 1 < chunks) load_chunk(i + 1);
+    if (i + 1 < part.end) load_chunk(i + 1);
     const stage_type now(tiles, i);
     const tile<Key> keys = now.keys();
     const tile<mma_values> values = now.values();
@@ -295,24 +276,95 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
       state.template add_product<T>(a, keys, k);
     }
     if constexpr (output) {
-      store_columns<T>(O, values, v0, &to.o(segment.begin + static_cast<index_t>(i) * mma_chunk, head, column),
-                       to.o.stride(0), tokens_of_chunk(segment, i), value_pieces);
+      store_columns<T>(O, values, v0, &o(segment.begin + static_cast<index_t>(i) * mma_chunk, head, column),
+                       o.stride(0), tokens_of_chunk(segment, i), value_pieces);
     }
   }
+}
 
-  if constexpr (output) {
-    if (segment.ht < 0 || to.ht.data() == nullptr) return;
-    state.for_each([&](float& x, int k, int v) {
-      const index_t j = column + v0 + v;
-      if (k < p.key_dim && j < columns) to.ht(segment.ht, head, k, j) = x;
-    });
-  } else if constexpr (summary) {
-    float* place = to.summaries + (Mode == scan::bias ? entry.bias : entry.transition) + head * p.key_dim * columns;
-    state.for_each([&](float& x, int k, int v) {
-      const index_t j = column + v0 + v;
-      if (k < p.key_dim && j < columns) place[k * columns + j] = x;
-    });
+/// The part of a state that a warp walks with, from where it lies in float.
+template <int Key>
+__device__ void read_state(state_columns<Key>& state, const state_source& from, index_t key_dim, index_t columns,
+                           index_t column) {
+  state.for_each([&](float& x, int k, int v) {
+    const index_t j = column + v;
+    x = !from.none() && k < key_dim && j < columns ? from(k, j) : 0.0f;
+  });
+}
+template <int Key>
+__device__ void write_state(state_columns<Key>& state, float* to, index_t row, index_t stride, index_t key_dim,
+                            index_t columns, index_t column) {
+  state.for_each([&](float& x, int k, int v) {
+    const index_t j = column + v;
+    if (k < key_dim && j < columns) to[k * row + j * stride] = x;
+  });
+}
+
+/// Outputs and final states, or the states before all chunks, from the states before all pieces.
+template <class T, int Key, scan Mode>
+__global__ void __launch_bounds__(scan_mma_threads, 2)
+    scan_mma_kernel(delta_rule_problem<T, device_memory> p, delta_rule_inputs<T, device_memory> in,
+                    gated_chunks<T> gated, segment_pieces pieces, scan_targets<T> to, T* states) {
+  extern __shared__ __align__(1024) unsigned char tiles[];
+  const piece part(p.segments, pieces, blockIdx.z);
+  if (part.empty()) return;
+  const index_t column = blockIdx.x * static_cast<index_t>(mma_values);
+  const index_t head = blockIdx.y;
+  const index_t own = column + 16 * static_cast<index_t>(threadIdx.x / 32);
+  const state_source start = part.first()
+                                 ? state_source(to.h0, part.segment.h0, head)
+                                 : state_source(pieces.between + ((part.unit - 1) * p.value_heads + head) *
+                                                                     p.key_dim * p.value_dim,
+                                                p.value_dim);
+  state_columns<Key> state;
+  read_state(state, start, p.key_dim, p.value_dim, own);
+  walk<T, Key, Mode>(p, in, gated, part, head, column, tiles, state, to.o, states);
+  if constexpr (Mode == scan::output) {
+    if (!part.last() || part.segment.ht < 0 || to.ht.data() == nullptr) return;
+    write_state(state, &to.ht(part.segment.ht, head, 0, 0), to.ht.stride(2), to.ht.stride(3), p.key_dim, p.value_dim,
+                own);
   }
+}
+
+/// E and M: of published segments, or of the pieces of all segments. Blocks of columns of E come first, then those of M.
+/// @param chained E of a first piece starts from zero, not from the given state, and no piece is left out: others
+///                will compose them
+template <class T, int Key>
+__global__ void __launch_bounds__(scan_mma_threads, 2)
+    summary_mma_kernel(delta_rule_problem<T, device_memory> p, delta_rule_inputs<T, device_memory> in,
+                       gated_chunks<T> gated, segment_pieces pieces, scan_targets<T> to, bool chained) {
+  extern __shared__ __align__(1024) unsigned char tiles[];
+  const index_t head = blockIdx.y;
+  const index_t values = (p.value_dim + mma_values - 1) / mma_values;
+  const bool of_bias = blockIdx.x < values;
+  const index_t columns = of_bias ? p.value_dim : p.key_dim;
+  const index_t column = (blockIdx.x - (of_bias ? 0 : values)) * static_cast<index_t>(mma_values);
+  const index_t own = column + 16 * static_cast<index_t>(threadIdx.x / 32);
+
+  published_summary entry{};
+  if (!pieces.cut()) entry = to.table(blockIdx.z);
+  const piece part = pieces.cut() ? piece(p.segments, pieces, blockIdx.z) : piece(p.segments(entry.segment));
+  float* target;
+  state_source start;
+  if (pieces.cut()) {
+    if (part.empty() || (!chained && (part.last() || (!of_bias && part.first())))) return;
+    target = (of_bias ? pieces.biases : pieces.transitions) + part.unit * p.value_heads * p.key_dim * columns;
+    if (!chained && part.first()) start = state_source(to.h0, part.segment.h0, head);
+  } else {
+    if (!of_bias && entry.transition < 0) return;
+    target = to.summaries + (of_bias ? entry.bias : entry.transition);
+    start = state_source(to.h0, entry.start, head);
+  }
+
+  state_columns<Key> state;
+  if (of_bias) {
+    read_state(state, start, p.key_dim, p.value_dim, own);
+    walk<T, Key, scan::bias>(p, in, gated, part, head, column, tiles, state, {}, nullptr);
+  } else {
+    state.for_each([&](float& x, int k, int v) { x = k == own + v ? 1.0f : 0.0f; });
+    walk<T, Key, scan::transition>(p, in, gated, part, head, column, tiles, state, {}, nullptr);
+  }
+  write_state(state, target + head * p.key_dim * columns, columns, 1, p.key_dim, columns, own);
 }
 
 }  // namespace cuda::detail

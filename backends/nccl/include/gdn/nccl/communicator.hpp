@@ -46,9 +46,8 @@ class nccl_communicator {
   /// Collective: returns when all ranks have come.
   /// @param id the same on all ranks, for one group
   /// @throws comm_error if NCCL refuses, or a rank does not come before the deadline
-  nccl_communicator(const ncclUniqueId& id, int rank, int size, options o = {}) {
-    expects<comm_error>(0 <= rank && rank < size, "there is no rank", rank, "of", size);
-    end_ = begin(id, rank, size, o, nullptr);
+  nccl_communicator(const ncclUniqueId& id, int rank, int size, options o = {})
+      : nccl_communicator(begin(id, rank, size, o, nullptr)) {
     meet();
   }
 
@@ -138,6 +137,7 @@ class nccl_communicator {
 
   static std::unique_ptr<detail::endpoint> begin(const ncclUniqueId& id, int rank, int size, options o,
                                                  std::shared_ptr<detail::bulletin> fellows) {
+    expects<comm_error>(0 <= rank && rank < size, "there is no rank", rank, "of", size);
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
     ncclComm_t comm = nullptr;
