@@ -2,19 +2,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times public gated delta rule kernels beside gdn's, on the same tensors of one GPU, in one process.
 
-  peers.py LIBRARY check forward backward decode [--heads 16x32,2x8] [--table FILE]
+  peers.py LIBRARY check errors forward:16x32,2x8 backward decode [--table FILE]
 
 LIBRARY is libgdn_peers.so (target gdn_peers). Peers: fla (flash-linear-attention), qla (FlashQLA), fi (FlashInfer);
 those that do not import are left out, and it says so. All calls are captured in CUDA graphs; a time is the median of
 20 replays, before each of which the L2 is filled with 256 MB of zeros, written and then read. K = V = 128, bf16, states
 in and out in float, a quarter of the heads without decay. `check` compares everyone with a loop over tokens in fp32, or
-with FLA where that takes too long, and must run first for a table that is to be believed.
+with FLA where that takes too long, and must run first for a table that is to be believed. `errors` measures everyone
+against that loop in fp64, on random and on hostile inputs. A part may name its heads.
+
+FLA tunes its kernels for each head count, on one long sequence and again on a batch. Whatever else the peers compile
+stays in TRITON_CACHE_DIR and TILELANG_CACHE_DIR; nothing in those depends on the machine but its kind of GPU.
 """
 import argparse
 import ctypes
+import functools
 import json
 import os
 import re
+import signal
 import statistics
 import sys
 
@@ -115,18 +121,22 @@ def load_peers():
             peers[name] = get()
         except Exception as e:
             print(f"without {NAMES[name]}: {e!r}"[:300], flush=True)
+    if "fla" in peers:
+        tune_again()
     return peers
 
 
 def tune_again():
-    """Lets FLA's Triton kernels tune anew: their keys hold the heads, not the lengths."""
+    """Lets FLA's Triton kernels tune anew, over 20 ms each: their keys hold the heads, not the lengths."""
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import KernelInterface
+    from triton.testing import do_bench
     for name, module in list(sys.modules.items()):
         for o in list(vars(module).values()) if name.startswith("fla.") else ():
             while isinstance(o, KernelInterface):
                 if isinstance(o, Autotuner):
                     o.cache.clear()
+                    o.do_bench = functools.partial(do_bench, warmup=5, rep=20)
                 o = getattr(o, "fn", None)
 
 
@@ -186,7 +196,7 @@ def backward_calls(gdn, peers, d):
                                                cu_seqlens=d["offsets"])[:6]
     if "qla" in peers:
         s = peers["qla"][0](*x, auto_cp=True, enable_fwd_cp_cache=True, is_train=True, output_final_state=True, **kw)
-        calls["qla"] = lambda: peers["qla"][1](*x[:3], s[0], x[4], s[2], do, d["dht"], auto_cp=True, cp_cache=s[5],
+        calls["qla"] = lambda: peers["qla"][1](*x[:3], s[0], x[4], s[1], do, d["dht"], auto_cp=True, cp_cache=s[5],
                                                **kw)
     return calls
 
@@ -210,9 +220,10 @@ def decode_calls(gdn, peers, hk, hv, batch):
         calls["gdn " + kind] = step
     if "fla" in peers:
         from fla.ops.gated_delta_rule.fused_recurrent import fused_recurrent_gated_delta_rule_fwd as fla
-        calls["fla float"] = lambda: fla(q=q, k=k, v=v, g=a, beta=b, A_log=A_log, dt_bias=dt_bias, scale=128**-0.5,
-                                         initial_state=h, output_final_state=True, use_qk_l2norm_in_kernel=True,
-                                         use_beta_sigmoid_in_kernel=True)
+        for kind, state in (("float", h), ("bf16", h.bfloat16())):
+            calls["fla " + kind] = lambda state=state: fla(
+                q=q, k=k, v=v, g=a, beta=b, A_log=A_log, dt_bias=dt_bias, scale=128**-0.5, initial_state=state,
+                output_final_state=True, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True)
     if "fi" in peers:
         from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose as fi
         for kind, state in (("float", h.mT.contiguous()), ("bf16", h.mT.bfloat16().contiguous())):
@@ -225,9 +236,9 @@ def decode_calls(gdn, peers, hk, hv, batch):
 
 # ---- agreement ------------------------------------------------------------------------------------------------------
 
-def loop(d):
-    """The rule and its gradients in fp32, one token at a time, by autograd."""
-    leaves = [d[n].float().requires_grad_() for n in ("q", "k", "v", "g", "beta", "h0")]
+def loop(d, dtype=torch.float32):
+    """The rule and its gradients, one token at a time, by autograd."""
+    leaves = [d[n].to(dtype, copy=True).requires_grad_() for n in ("q", "k", "v", "g", "beta", "h0")]
     q, k, v, g, beta, h0 = leaves
     repeat = lambda t: t.repeat_interleave(v.shape[1] // t.shape[1], 1)
     q, k, decay, outputs, finals, t = repeat(q) * d["scale"], repeat(k), g.exp(), [], [], 0
@@ -241,24 +252,33 @@ def loop(d):
         t += 1
         finals.append(S)
     o, ht = torch.stack(outputs), torch.stack(finals)
-    gradients = torch.autograd.grad((o, ht), [leaves[i] for i in (0, 1, 2, 4, 3, 5)], (d["do"].float(), d["dht"]))
+    gradients = torch.autograd.grad((o, ht), [leaves[i] for i in (0, 1, 2, 4, 3, 5)],
+                                    [d[n].to(dtype) for n in ("do", "dht")])
     return (o.detach(), ht.detach()), gradients
 
 
+TENSORS = ("o", "ht"), ("dq", "dk", "dv", "dbeta", "dg", "dh0")
+
+
 def difference(a, b):
-    b = b.float()
-    return ((a.float().reshape(b.shape) - b).norm() / b.norm()).item()
+    b = b.double()
+    return ((a.double().reshape(b.shape) - b).norm() / b.norm()).item()
+
+
+def checked(kind, heads, lengths, peer, against, errors):
+    row = dict(part="check", kind=kind, heads=heads, lengths=lengths, peer=peer, against=against, errors=errors,
+               agree=all(e < LIMIT for e in errors.values()))
+    print(json.dumps(row), flush=True)
+    return row
 
 
 def part_check(gdn, peers, _):
-    rows = []
     sets = [(2, 8, [300, 129, 64]), (16, 32, [2000, 1111, 3000, 77]), (4, 8, [8192])]
     for hk, hv, lengths in sets:
         d = data(lengths, hk, hv)
         small = sum(lengths) < 1000
         truth = dict(zip(("forward", "backward"), loop(d))) if small else {}
-        for kind, make, tensors in (("forward", forward_calls, "o ht"),
-                                    ("backward", backward_calls, "dq dk dv dbeta dg dh0")):
+        for kind, make, tensors in zip(("forward", "backward"), (forward_calls, backward_calls), TENSORS):
             calls = make(gdn, peers, d)
             results = {n: [t.clone() for t in f()] for n, f in calls.items()}
             reference = truth.get(kind) or results.get("fla") or results["gdn"]
@@ -266,20 +286,51 @@ def part_check(gdn, peers, _):
             for name, r in results.items():
                 if not small and NAMES[name] == against:
                     continue
-                worst = {t: difference(a, b) for t, a, b in zip(tensors.split(), r, reference)}
-                rows.append(dict(part="check", kind=kind, heads=f"{hk},{hv}", lengths=lengths, peer=name,
-                                 against=against, errors=worst, agree=all(e < LIMIT for e in worst.values())))
-                print(rows[-1], flush=True)
+                errors = {t: difference(a, b) for t, a, b in zip(tensors, r, reference)}
+                yield checked(kind, f"{hk},{hv}", lengths, name, against, errors)
     for name, f in decode_calls(gdn, peers, 16, 32, 3).items():  # gdn's is the reference
         o, h = [t.clone() for t in f()][:2]
         if name == "gdn float":
             want = o, h
         elif "float" in name:
             errors = {t: difference(a, b) for t, a, b in zip(("o", "state"), (o, h), want)}
-            rows.append(dict(part="check", kind="decode", heads="16,32", lengths=[1, 1, 1], peer=name.split()[0],
-                             against="gdn", errors=errors, agree=all(e < LIMIT for e in errors.values())))
-            print(rows[-1], flush=True)
-    return rows
+            yield checked("decode", "16,32", [1, 1, 1], name.split()[0], "gdn", errors)
+
+
+def hostile(name, d):
+    """The random inputs with some made hostile."""
+    d, g, beta = dict(d), d["g"], d["beta"]
+    if "no decay" in name:
+        d["g"] = torch.zeros_like(g)
+    if "strong decay" in name:
+        d["g"] = -5 - 15 * torch.rand_like(g)
+    if "resets" in name:
+        d["g"] = torch.where(torch.rand_like(g) < 1 / 64, -20.0, 0.0)
+    if "keys alike" in name:  # cosine of any two about 0.9
+        for x in ("q", "k"):
+            d[x] = F.normalize(3 * F.normalize(torch.randn_like(d[x][:1].float()), dim=-1) +
+                               F.normalize(d[x].float(), dim=-1), dim=-1).bfloat16()
+    if "beta 0 or 1" in name:
+        d["beta"] = (beta > 0.5).to(beta.dtype)
+    if "beta 1" in name:
+        d["beta"] = torch.ones_like(beta)
+    return d
+
+
+def part_errors(gdn, peers, _):
+    """Relative rms errors of everyone against the loop in fp64, on the same inputs."""
+    for name in ("random", "no decay", "strong decay", "resets", "keys alike", "beta 0 or 1",
+                 "beta 0 or 1, no decay, keys alike", "beta 1, no decay, keys alike"):
+        d = hostile(name, data([700, 300, 65, 1], 16, 32))
+        truth = loop(d, torch.float64)
+        row = dict(part="errors", set=name)
+        for make, tensors, want in zip((forward_calls, backward_calls), TENSORS, truth):
+            for who, call in make(gdn, peers, d).items():
+                row.setdefault(who, {}).update({t: difference(a, b) for t, a, b in zip(tensors, call(), want)})
+        print(json.dumps(row), flush=True)
+        del truth
+        torch.cuda.empty_cache()
+        yield row
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------
@@ -333,15 +384,13 @@ def measure(row, calls):
 
 
 def part_forward(gdn, peers, heads, kind="forward", make=forward_calls, all_heads=FORWARD_HEADS, sets=FORWARD):
-    rows = []
     for hk, hv in heads or all_heads:
         for name, lengths in sets.items():
             if WARM and name not in ("1x32768", "2048x4", "1024x8"):
                 continue
             if "fla" in peers and name in ("1x32768", "8192x4", "2048x4") and not WARM:
                 tune_again()
-            rows.append(measure(dict(part=kind, heads=f"{hk},{hv}", set=name), make(gdn, peers, data(lengths, hk, hv))))
-    return rows
+            yield measure(dict(part=kind, heads=f"{hk},{hv}", set=name), make(gdn, peers, data(lengths, hk, hv)))
 
 
 def part_backward(gdn, peers, heads):
@@ -349,8 +398,9 @@ def part_backward(gdn, peers, heads):
 
 
 def part_decode(gdn, peers, heads):
-    return [measure(dict(part="decode", heads=f"{hk},{hv}", batch=batch), decode_calls(gdn, peers, hk, hv, batch))
-            for hk, hv in heads or DECODE_HEADS for batch in BATCHES]
+    for hk, hv in heads or DECODE_HEADS:
+        for batch in BATCHES:
+            yield measure(dict(part="decode", heads=f"{hk},{hv}", batch=batch), decode_calls(gdn, peers, hk, hv, batch))
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -366,9 +416,9 @@ def cell(x, digits=3):
 
 def report(info, rows):
     """The tables as they stand in docs/performance.md."""
-    out = [info]
+    out, errors = [info], []
     titles = {"forward": "Forward, ms (gdn: with its preparation of the chunks)", "backward": "Backward, ms",
-              "decode": "Decode, one token per sequence, µs"}
+              "decode": "Decode, one token per sequence, µs (FLA writes new states in float, whatever it reads)"}
     for part, title in titles.items():
         mine = [r for r in rows if r["part"] == part]
         if not mine:
@@ -384,6 +434,15 @@ def report(info, rows):
         head = ["Hk,Hv", "batch" if part == "decode" else "sequences", *map(shown, names),
                 *[f"{shown(p)} / gdn" for p, _ in ratio]]
         out.append(f"#### {title}\n\n{table(head, body)}")
+    for row in (r for r in rows if r["part"] == "errors"):
+        fla = row.get("fla", {})
+        for who, mine in ((w, row[w]) for w in NAMES if w in row):
+            larger = [f"{t} {e / fla[t]:.2f}" for t, e in mine.items() if t in fla and not e <= fla[t]]
+            errors.append([row["set"], NAMES[who], *[cell(mine.get(t), 5) for t in sum(TENSORS, ())],
+                           ", ".join(larger) or "none"])
+    if errors:
+        out.append("#### Relative rms errors against the recurrence in fp64, 16,32 heads, 1066 tokens\n\n" +
+                   table(["inputs", "who", *TENSORS[0], *TENSORS[1], "times FLA's, where larger"], errors))
     checks = [r for r in rows if r["part"] == "check"]
     if checks:
         body = [[f"{r['kind']} {r['heads']} {r['lengths']}", NAMES[r["peer"]], r["against"],
@@ -407,8 +466,7 @@ def write_table(path, text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library")
-    parser.add_argument("parts", nargs="+", choices=["check", "forward", "backward", "decode"])
-    parser.add_argument("--heads", help="such as 16x32,2x8")
+    parser.add_argument("parts", nargs="+", help="check, errors, forward, backward or decode; forward:16x32,2x8")
     parser.add_argument("--without", default="", help="peers to leave out, such as fi,qla")
     parser.add_argument("--warm", action="store_true",
                         help="time nothing: fill the compilers' caches on disk (several processes may do so at once)")
@@ -417,7 +475,11 @@ def main():
     a = parser.parse_args()
     global WARM
     WARM = a.warm
-    heads = [tuple(map(int, h.split("x"))) for h in a.heads.split(",")] if a.heads else None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and writes what there is
+    parts = [p.partition(":") for p in a.parts]
+    for name, _, _ in parts:
+        if "part_" + name not in globals():
+            parser.error(f"no part is called {name}")
     gdn = Gdn(a.library)
     peers = {n: p for n, p in load_peers().items() if n not in a.without.split(",")}
     version = lambda m: f"{m} {getattr(sys.modules[m], '__version__', '')}" if m in sys.modules else None
@@ -426,9 +488,11 @@ def main():
     print(info, flush=True)
     rows = []
     try:
-        for part in a.parts:
-            rows += globals()["part_" + part](gdn, peers, heads)
-            torch.cuda.empty_cache()
+        for name, _, heads in parts:
+            heads = [tuple(map(int, h.split("x"))) for h in heads.split(",")] if heads else None
+            for row in globals()["part_" + name](gdn, peers, heads):
+                rows.append(row)
+                torch.cuda.empty_cache()
     finally:
         if a.json:
             json.dump(rows, open(a.json, "w"), indent=0)

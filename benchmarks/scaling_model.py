@@ -3,7 +3,8 @@
 """A model of a layer's time over P GPUs: what plans say that it moves, kernel times of one GPU, and links.
 
   scaling_model.py --plans SCALING_PLANS [--ranks 64,512,4096] [--near GB/s,us] [--far GB/s,us] ...   what it predicts
-  scaling_model.py --plans SCALING_PLANS --fit RESULTS.json [--holdout P]      links from measurements, checked at P
+  scaling_model.py --plans SCALING_PLANS --fit RESULTS.json [--holdout ranks=8]
+        links and summaries from measurements, checked where ranks, tokens (of each rank) or the model are as held back
   scaling_model.py --plans SCALING_PLANS --self-test
 
 RESULTS.json is what `scaling_bench --json` wrote. One pass is forward and backward:
@@ -11,7 +12,8 @@ RESULTS.json is what `scaling_bench --json` wrote. One pass is forward and backw
   t(P) = t(1) + summaries + sum over exchanges (latency + bytes / bandwidth) + rounds of the state chain (compose, fold)
 
 Bytes are those of the busiest rank, exact, from the plans; of a rank's own node over `--near`, others over `--far`. Rounds
-of the chain wait for each other. Kernels and messages do not overlap: the layer does not overlap them either.
+of the chain wait for each other. Kernels and messages do not overlap: the layer does not overlap them either. Summaries
+take a time per token, which depends on the model and on whether a rank has one piece of a document or, in place, two.
 """
 import argparse
 import json
@@ -28,9 +30,10 @@ parser.add_argument("--far", default="45,25", help="the same between nodes")
 parser.add_argument("--per-message", type=float, default=1, help="microseconds for each message of an exchange beyond the first")
 parser.add_argument("--compose", type=float, default=20, help="microseconds in which two summaries are composed")
 parser.add_argument("--fold", type=float, default=5, help="microseconds in which one summary is folded")
-parser.add_argument("--kernels", default="{}", help='milliseconds per pass: {"35b": {"layer": 22.2, "summaries": 0.8}, ...}')
+parser.add_argument("--kernels", default="{}", help='milliseconds per pass: {"35b": {"layer": 19.8, "summaries": 1.2}, ...}; summaries may be '
+                    '{"reshard": 1.2, "in-place": 1.0}')
 parser.add_argument("--fit")
-parser.add_argument("--holdout", type=int)
+parser.add_argument("--holdout", default="", help="ranks=8, tokens=65536 or model=397b")
 parser.add_argument("--self-test", action="store_true")
 options = parser.parse_args()
 
@@ -74,7 +77,10 @@ def features(plan):
 def predict(plan, kernels, near, far, per_message, compose, fold):
     units = [near["latency"], far["latency"], near["ms_per_byte"], far["ms_per_byte"], per_message, compose, fold]
     exchange = sum(n * u for n, u in zip(features(plan), units))
-    return kernels["layer"] + kernels["summaries"] + exchange, exchange
+    summaries = kernels["summaries"]
+    if isinstance(summaries, dict):
+        summaries = summaries[plan["strategy"]]
+    return kernels["layer"] + summaries + exchange, exchange
 
 
 def gathered(plan, kernels, near, far, node):
@@ -111,26 +117,31 @@ def solve(rows, right):
 
 
 def fit(results, holdout, node):
-    """Latency, time per byte, per message and of summaries on one node, by model; the rest is as the options say."""
-    results = [r for r in results if r["ranks"] > 1 and r["documents"] == "one"]
+    """Latency, time per byte and per message on one node, and summaries per 32,768 tokens, by model and strategy; the rest
+    is as the options say."""
+    results = [dict(r, tokens=r["tokens"] // r["ranks"]) for r in results if r["ranks"] > 1 and r["documents"] == "one"]
     known = {}
     for r in results:
-        shape = (r["ranks"], r["tokens"] // r["ranks"])
+        shape = (r["ranks"], r["tokens"])
         if shape not in known:
             known[shape] = {key(p): p for p in plans(str(shape[0]), shape[1], node)}
-    models = sorted({r["model"] for r in results})
+    walks = sorted({(r["model"], r["strategy"]) for r in results})
     rest = options.compose * 1e-3, options.fold * 1e-3
+    name, _, value = holdout.partition("=")
+
+    def held(r):
+        return bool(name) and str(r[name]) == value
 
     def row(r):
-        f = features(known[(r["ranks"], r["tokens"] // r["ranks"])][key(r)])
+        f = features(known[(r["ranks"], r["tokens"])][key(r)])
         if f[1] or f[3]:
             raise SystemExit(f"{r['ranks']} ranks are more than a node of {node}: the fit is of one kind of link")
-        part = [f[0], f[2] * 1e-6, f[4]] + [1.0 if r["model"] == m else 0.0 for m in models]
+        part = [f[0], f[2] * 1e-6, f[4]] + [r["tokens"] / 32768 if (r["model"], r["strategy"]) == w else 0.0 for w in walks]
         return part, r["ms"] - r["one_gpu_ms"] - f[5] * rest[0] - f[6] * rest[1]
 
-    learn = [row(r) for r in results if r["ranks"] != holdout]
+    learn = [row(r) for r in results if not held(r)]
     found = solve([a for a, _ in learn], [b for _, b in learn])
-    names = ["latency", "ms per MB", "per message"] + [f"summaries {m}" for m in models]
+    names = ["latency", "ms per MB", "per message"] + [f"summaries {m} {s}" for m, s in walks]
     print("fitted:", ", ".join(f"{names[i]} {v:.6f} ms" for i, v in sorted(found.items())))
     if found.get(1):
         print(f"        bandwidth {1 / found[1]:.1f} GB/s")
@@ -138,11 +149,12 @@ def fit(results, holdout, node):
     for r in results:
         a, b = row(r)
         t = r["ms"] - b + sum(v * a[i] for i, v in found.items())
-        if holdout is None or r["ranks"] == holdout:
+        if held(r) or not name:
             worst = max(worst, abs(t - r["ms"]) / r["ms"])
-            print(f"{' '.join(str(v) for v in key(r)):45s} measured {r['ms']:9.3f} ms, model {t:9.3f} ms, {100 * (t / r['ms'] - 1):+6.1f} %")
-    print(f"largest error {100 * worst:.1f} %" + (f" at the held-back P = {holdout}" if holdout else ""))
-    return found, worst
+            print(f"{' '.join(str(v) for v in key(r)):45s} {r['tokens']:6d} tokens: measured {r['ms']:9.3f} ms, model {t:9.3f} ms, "
+                  f"{100 * (t / r['ms'] - 1):+6.1f} %")
+    print(f"largest error {100 * worst:.1f} %" + (f" where held back: {holdout}" if name else ""))
+    return {names[i]: v for i, v in found.items()}, worst
 
 
 def self_test():
@@ -154,8 +166,9 @@ def self_test():
             kernels = {"layer": 10.0, "summaries": 0.4 if p["model"] == "35b" else 0.7}
             ms, _ = predict(p, kernels, near, near, per_message, options.compose * 1e-3, options.fold * 1e-3)
             results.append(dict(p, documents="one", ms=ms, one_gpu_ms=10.0))
-    found, worst = fit(results, 8, 8)
-    good = abs(found[0] - 0.012) < 1e-5 and abs(found[1] - 1 / 300) < 1e-6 and abs(found[3] - 0.7) < 1e-3 and worst < 1e-3
+    found, worst = fit(results, "ranks=8", 8)
+    right = {"latency": 0.012, "ms per MB": 1 / 300, "summaries 397b reshard": 0.7 * 8, "summaries 35b in-place": 0.4 * 8}
+    good = all(abs(found[name] / v - 1) < 1e-3 for name, v in right.items()) and worst < 1e-3
     print("self-test", "passed" if good else "FAILED")
     return 0 if good else 1
 
