@@ -69,8 +69,8 @@ index_t scan_elements(problem_ref<T> p) {
 }
 template <class T>
 index_t gradient_elements(problem_ref<T> p) {
-  return cta_chunk<T>::elements(p.chunk, p.key_dim, p.value_dim) + 4 * p.chunk * p.key_dim +
-         2 * p.chunk * p.value_dim + 5 * p.chunk * p.chunk;
+  return cta_chunk<T>::elements(p.chunk, p.key_dim, p.value_dim) + 4 * p.chunk * p.key_dim + 2 * p.chunk * p.value_dim +
+         5 * p.chunk * p.chunk;
 }
 template <class T>
 index_t state_elements(problem_ref<T> p) {
@@ -83,23 +83,24 @@ index_t scan_blocks(problem_ref<T> p, index_t columns) {
 
 /// Shared memory of the largest of the tensor cores' kernels, its static part included.
 template <int Stages>
-inline constexpr index_t gradients_mma_need =
-    gradients_shared<128, Stages>::bytes + sizeof(gradient_sums) + sizeof(chunk_gates);
+inline constexpr index_t gradients_mma_need = gradients_shared<128, Stages>::bytes + sizeof(gradient_sums) +
+                                              sizeof(chunk_gates);
 
 /// True if the tensor cores' kernels do this: 16-bit types, chunks of 64 tokens, K up to 128, K and V multiples of 16;
 /// on devices with the shared memory of sm_80 at least.
 template <class T>
 bool fits_mma(device_limits device, problem_ref<T> p) {
-  return sizeof(T) == 2 && device.shared >= gradients_mma_need<1> && p.chunk == mma_chunk && p.key_dim <= 128 && p.key_dim % 16 == 0 && p.value_dim % 16 == 0;
+  return sizeof(T) == 2 && device.shared >= gradients_mma_need<1> && p.chunk == mma_chunk && p.key_dim <= 128 &&
+         p.key_dim % 16 == 0 && p.value_dim % 16 == 0;
 }
 /// Those kernels copy rows in pieces of 16 bytes.
 template <class T>
 void check_pieces(std::string_view name, const tensor_ref<T, 3, device_memory>& t) {
   constexpr index_t piece = 16 / sizeof(T);
-  expects<backend_error>(reinterpret_cast<std::uintptr_t>(t.data()) % 16 == 0 && t.stride(0) % piece == 0 &&
-                             t.stride(1) % piece == 0,
-                         "rows of", name, "must start at multiples of 16 bytes; the strides are", t.stride(0), "and",
-                         t.stride(1), "elements");
+  expects<backend_error>(
+      reinterpret_cast<std::uintptr_t>(t.data()) % 16 == 0 && t.stride(0) % piece == 0 && t.stride(1) % piece == 0,
+      "rows of", name, "must start at multiples of 16 bytes; the strides are", t.stride(0), "and", t.stride(1),
+      "elements");
 }
 template <class T>
 void check_pieces(rule_inputs_ref<T> in) {
@@ -116,9 +117,12 @@ void with_key_width(index_t key_dim, F&& f) {
     f(std::integral_constant<int, 128>{});
   }
 }
-inline index_t mma_blocks(index_t columns) { return divide_up(columns, mma_values); }
+inline index_t mma_blocks(index_t columns) {
+  return divide_up(columns, mma_values);
+}
 
-/// The most that any call takes: backward keeps the states before all chunks, their gradients, and those between pieces.
+/// The most that any call takes: backward keeps the states before all chunks, their gradients, and those between
+/// pieces.
 template <class T>
 memory_requirement delta_rule_scratch(device_limits device, problem_ref<T> p) {
   workspace<device_memory> backward;
@@ -224,8 +228,8 @@ void run_reverse_scan_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_c
 
 /// E and M of all pieces, or of published segments where nothing is cut.
 template <class T>
-void run_summary_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_chunks<T>& gated, const segment_pieces& pieces,
-                     const scan_targets<T>& to, bool chained, stream_ref s) {
+void run_summary_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_chunks<T>& gated,
+                     const segment_pieces& pieces, const scan_targets<T>& to, bool chained, stream_ref s) {
   const index_t units = pieces.cut() ? p.segments.extent(0) * pieces.count : to.table.extent(0);
   with_key_width(p.key_dim, [&](auto key) {
     launch("delta_rule_summary", summary_mma_kernel<T, key()>,
@@ -309,12 +313,11 @@ void delta_rule_forward(device_limits device, problem_ref<T> p, rule_inputs_ref<
 
 template <class T>
 void delta_rule_summarise_gradient(device_limits device, problem_ref<T> p, rule_inputs_ref<T> in,
-                                   summaries_ref<T, device_memory> prepared,
-                                   tensor_ref<const T, 3, device_memory> d_o, const_states_ref<T, device_memory> dht,
+                                   summaries_ref<T, device_memory> prepared, tensor_ref<const T, 3, device_memory> d_o,
+                                   const_states_ref<T, device_memory> dht,
                                    tensor_ref<const published_summary, 1, device_memory> table,
-                                   const_summaries_ref<T, device_memory> own,
-                                   summaries_ref<T, device_memory> summaries, workspace<device_memory>& ws,
-                                   stream_ref s) {
+                                   const_summaries_ref<T, device_memory> own, summaries_ref<T, device_memory> summaries,
+                                   workspace<device_memory>& ws, stream_ref s) {
   check_problem<T>(p, in);
   const reverse_targets<T> to{inverses_of<T>(prepared), d_o, dht, table, summaries.data(), nullptr, {}};
   const bool mma = fits_mma<T>(device, p);
@@ -336,8 +339,8 @@ void delta_rule_summarise_gradient(device_limits device, problem_ref<T> p, rule_
     launch("delta_rule_summarise_gradient", reverse_scan_kernel<T, true>, grid_of(b.blocks), cta_threads, 0, s, p, in,
            to, b.data, b.stride);
   }
-  launch("transpose_own", transpose_own_kernel<float>, grid_of(table.extent(0), p.value_heads), 256, 0, s, table, p.key_dim,
-         own.data(), summaries.data());
+  launch("transpose_own", transpose_own_kernel<float>, grid_of(table.extent(0), p.value_heads), 256, 0, s, table,
+         p.key_dim, own.data(), summaries.data());
 }
 
 template <class T>
@@ -359,7 +362,8 @@ void delta_rule_backward(device_limits device, problem_ref<T> p, rule_inputs_ref
       const auto gated = make_gated<T, true>(p, in, inverses, ws, s);
 
       if (pieces.cut()) run_fold_pieces<T, false>(p, pieces, h0, p.chained, s);
-      run_scan_mma<T, scan::states>(p, in, gated, pieces, {inverses, h0, {}, {}, {}, nullptr, nullptr}, states.data(), s);
+      run_scan_mma<T, scan::states>(p, in, gated, pieces, {inverses, h0, {}, {}, {}, nullptr, nullptr}, states.data(),
+                                    s);
 
       const reverse_targets<T> to{inverses, d_o, dht, {}, nullptr, nullptr, dh0};
       if (pieces.cut()) {
@@ -385,7 +389,8 @@ void delta_rule_backward(device_limits device, problem_ref<T> p, rule_inputs_ref
   const auto states = ws.take<float>(2, state_elements<T>(p));
   float* d_states = states.data() + state_elements<T>(p);
   const index_t items = p.segments.extent(0) * scan_blocks<T>(p, p.value_dim);
-  run_scan<T, scan::states>(device, p, in, {inverses_of<T>(prepared), h0, {}, {}, {}, nullptr, states.data()}, items, ws, s);
+  run_scan<T, scan::states>(device, p, in, {inverses_of<T>(prepared), h0, {}, {}, {}, nullptr, states.data()}, items,
+                            ws, s);
   {
     const scoped_mark inner(ws);
     const block_scratch b = take_blocks(device, items, scan_elements<T>(p), ws);
@@ -395,8 +400,8 @@ void delta_rule_backward(device_limits device, problem_ref<T> p, rule_inputs_ref
   }
   const block_scratch b = take_blocks(device, p.chunks * p.key_heads, gradient_elements<T>(p), ws);
   launch("delta_rule_gradients", chunk_gradients_kernel<T>, grid_of(b.blocks), cta_threads, 0, s, p, in,
-         inverses_of<T>(prepared), static_cast<const float*>(states.data()), static_cast<const float*>(d_states), d_o, out,
-         b.data, b.stride);
+         inverses_of<T>(prepared), static_cast<const float*>(states.data()), static_cast<const float*>(d_states), d_o,
+         out, b.data, b.stride);
 }
 
 }  // namespace cuda::detail

@@ -21,11 +21,11 @@ inline constexpr index_t shortest_piece = 8;
 /// How segments are cut, and what is known of every piece, in float.
 struct segment_pieces {
   index_t length = index_t{1} << 40;  // chunks of a piece; the last one of a segment may be shorter
-  index_t count = 1;             // pieces of the longest segment; 1: nothing is cut
-  float* transitions = nullptr;  // [N, count, Hv, K, K] M, kept from forward to backward
-  float* biases = nullptr;       // [N, count, Hv, K, V] E, likewise
-  float* gradients = nullptr;    // [N, count, Hv, K, V] F
-  float* between = nullptr;      // [N, count, Hv, K, V] the state after each piece; back, the gradient of that before it
+  index_t count = 1;                  // pieces of the longest segment; 1: nothing is cut
+  float* transitions = nullptr;       // [N, count, Hv, K, K] M, kept from forward to backward
+  float* biases = nullptr;            // [N, count, Hv, K, V] E, likewise
+  float* gradients = nullptr;         // [N, count, Hv, K, V] F
+  float* between = nullptr;           // [N, count, Hv, K, V] the state after each piece; back, its gradient before it
 
   __host__ __device__ bool cut() const { return count > 1; }
   __device__ index_t of(const rule_segment& segment) const {
@@ -119,12 +119,12 @@ struct piece_chain {
   __device__ float* between(index_t unit) const { return pieces.between + (unit * heads + head) * K * V; }
 };
 
-/// The states between the pieces of every segment; back, the gradients. The walk for E of a segment's first piece (back:
-/// for F of its last) started from the given state, unless `apply_given` says that it was not known yet.
+/// The states between the pieces of every segment; back, the gradients. The walk for E of a segment's first piece
+/// (back: for F of its last) started from the given state, unless `apply_given` says that it was not known yet.
 template <class T, bool Back>
 __global__ void __launch_bounds__(algebra_threads, 2)
-    fold_pieces_kernel(delta_rule_problem<T, device_memory> p, segment_pieces pieces, const_states_ref<T, device_memory> given,
-                       bool apply_given) {
+    fold_pieces_kernel(delta_rule_problem<T, device_memory> p, segment_pieces pieces,
+                       const_states_ref<T, device_memory> given, bool apply_given) {
   __shared__ algebra_block<128> block;
   const index_t n = blockIdx.z;
   const piece_chain<Back> chain{pieces, p.value_heads, p.key_dim, p.value_dim, blockIdx.y};
@@ -153,7 +153,8 @@ __global__ void __launch_bounds__(algebra_threads, 2)
 /// The summaries that other ranks read, composed of the effects of pieces: E (back: F), and M behind it where wanted.
 template <class T, bool Back>
 __global__ void __launch_bounds__(algebra_threads, 2)
-    join_pieces_kernel(delta_rule_problem<T, device_memory> p, segment_pieces pieces, const_states_ref<T, device_memory> given,
+    join_pieces_kernel(delta_rule_problem<T, device_memory> p, segment_pieces pieces,
+                       const_states_ref<T, device_memory> given,
                        tensor_ref<const published_summary, 1, device_memory> table, float* summaries) {
   __shared__ algebra_block<128> block;
   const published_summary entry = table(blockIdx.z);
@@ -178,7 +179,8 @@ __global__ void __launch_bounds__(algebra_threads, 2)
     block.set(K, columns_at(of_bias ? chain.bias(unit(0)) : chain.transition(unit(0)), columns, column, width));
   }
   for (index_t i = from_state ? 0 : 1; i < count; ++i) {
-    block.template apply<Back>(chain.transition(unit(i)), of_bias ? chain.bias(unit(i)) + column : nullptr, V, K, width);
+    block.template apply<Back>(chain.transition(unit(i)), of_bias ? chain.bias(unit(i)) + column : nullptr, V, K,
+                               width);
   }
   block.write(summaries + (of_bias ? entry.bias : entry.transition) + head * K * columns + column, columns, K, width);
 }

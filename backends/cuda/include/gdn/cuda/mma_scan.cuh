@@ -67,8 +67,8 @@ struct scan_stage {
     }
     const int t = static_cast<int>(threadIdx.x);
     if (t < 2 * mma_chunk / 4) {
-      copy_async(base + shared::decays + static_cast<std::uint32_t>(16 * t), gated.decays + place * 2 * mma_chunk + 4 * t,
-                 true);
+      copy_async(base + shared::decays + static_cast<std::uint32_t>(16 * t),
+                 gated.decays + place * 2 * mma_chunk + 4 * t, true);
     }
     commit_copies();
   }
@@ -170,10 +170,9 @@ __device__ void walk(const delta_rule_problem<T, device_memory>& p, const delta_
   const quad_place at;
   const auto load_chunk = [&](int i) {
     const index_t token = segment.begin + static_cast<index_t>(i) * mma_chunk;
-    stage_type(tiles, i).template load<T>(p, in, gated, segment.chunk_begin + i, head, token,
-                                          tokens_of_chunk(segment, i),
-                                          has_values ? &in.v(token, head, column) : nullptr, in.v.stride(0),
-                                          value_pieces);
+    stage_type(tiles, i).template load<T>(
+        p, in, gated, segment.chunk_begin + i, head, token, tokens_of_chunk(segment, i),
+        has_values ? &in.v(token, head, column) : nullptr, in.v.stride(0), value_pieces);
   };
 
   load_chunk(part.begin);
@@ -311,11 +310,10 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
   const index_t column = blockIdx.x * static_cast<index_t>(mma_values);
   const index_t head = blockIdx.y;
   const index_t own = column + 16 * static_cast<index_t>(threadIdx.x / 32);
-  const state_source start = part.first()
-                                 ? state_source(to.h0, part.segment.h0, head)
-                                 : state_source(pieces.between + ((part.unit - 1) * p.value_heads + head) *
-                                                                     p.key_dim * p.value_dim,
-                                                p.value_dim);
+  const state_source start =
+      part.first() ? state_source(to.h0, part.segment.h0, head)
+                   : state_source(pieces.between + ((part.unit - 1) * p.value_heads + head) * p.key_dim * p.value_dim,
+                                  p.value_dim);
   state_columns<Key> state;
   read_state(state, start, p.key_dim, p.value_dim, own);
   walk<T, Key, Mode>(p, in, gated, part, head, column, tiles, state, to.o, states);
@@ -326,7 +324,8 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
   }
 }
 
-/// E and M: of published segments, or of the pieces of all segments. Blocks of columns of E come first, then those of M.
+/// E and M: of published segments, or of the pieces of all segments. Blocks of columns of E come first, then those of
+/// M.
 /// @param chained E of a first piece starts from zero, not from the given state, and no piece is left out: others
 ///                will compose them
 template <class T, int Key>

@@ -13,8 +13,8 @@ namespace cuda::detail {
 inline constexpr int algebra_threads = 256;
 inline constexpr int algebra_columns = 16;
 
-/// Sixteen columns X [K, 16] of a state or a transition in shared memory. A thread holds eight of them for one row of 128.
-/// M passes by in slabs of a few columns, four of them under way.
+/// Sixteen columns X [K, 16] of a state or a transition in shared memory. A thread holds eight of them for one row of
+/// 128. M passes by in slabs of a few columns, four of them under way.
 /// @tparam Keys 128 or 256, K at most
 template <int Keys>
 struct algebra_block {
@@ -57,9 +57,15 @@ struct algebra_block {
     const int first = t / 128 * 8;  // column
     float next[ahead][per_thread];
     // Element i of this thread's part of a slab: neighbouring threads read neighbouring elements of M.
-    const auto row_of = [&](int i) { const int e = i * algebra_threads + t; return Transposed ? e % Keys : e / slab; };
-    const auto key_of = [&](int i) { const int e = i * algebra_threads + t; return Transposed ? e / Keys : e % slab; };
-    const auto fetch = [&](float (&to)[per_thread], int s) {
+    const auto row_of = [&](int i) {
+      const int e = i * algebra_threads + t;
+      return Transposed ? e % Keys : e / slab;
+    };
+    const auto key_of = [&](int i) {
+      const int e = i * algebra_threads + t;
+      return Transposed ? e / Keys : e % slab;
+    };
+    const auto fetch = [&](float(&to)[per_thread], int s) {
 #pragma unroll
       for (int i = 0; i < per_thread; ++i) {
         const int row = row_of(i);
@@ -121,7 +127,9 @@ __device__ inline auto columns_at(const float* at, index_t stride, index_t colum
 __device__ inline int columns_from(index_t columns, index_t column) {
   return static_cast<int>(columns - column < algebra_columns ? columns - column : algebra_columns);
 }
-inline index_t algebra_blocks(index_t columns) { return divide_up(columns, algebra_columns); }
+inline index_t algebra_blocks(index_t columns) {
+  return divide_up(columns, algebra_columns);
+}
 
 /// A block composes some columns of E, or of M behind those.
 template <class A, int Keys>
