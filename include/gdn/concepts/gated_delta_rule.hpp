@@ -73,7 +73,8 @@ using const_summaries_ref = tensor_ref<const accumulate_t<T>, 1, Memory>;
 /// 5. `delta_rule_forward(problem, in, prepared, h0, o, ht, ws, s)`: o [L, Hv, V]; ht of the segments that have one,
 ///    unless the view is empty.
 /// 6. `delta_rule_summarise_gradient(problem, in, prepared, d_o, dht, table, own, summaries, ws, s)`: the same going
-///    left: dS_in = M^T dS_out + F. Writes F, which starts from the gradient `start` of dht or from zero, and M^T copied from `own`.
+///    left: dS_in = M^T dS_out + F. Writes F, which starts from the gradient `start` of dht or from zero, and M^T copied
+///    from `own`.
 /// 7. `delta_rule_backward(problem, in, prepared, h0, d_o, dht, gradients, dh0, ws, s)`.
 /// 8. `delta_rule_step(scale, in, states, slots, o, s)`: one token per sequence; row i updates states[slots[i]] in
 ///    place and writes o[i]; slot -1 skips the row and writes zeros.
