@@ -4,8 +4,7 @@
 ///
 /// A Subject has a value_type, and conv(numbers, spread), which runs in it.
 
-#include <cp/host_ranks.hpp>
-#include <plan/random_case.hpp>
+#include <cp/random_stream.hpp>
 
 namespace gdn_test {
 
@@ -53,10 +52,6 @@ inline const std::vector<fla_conv> fla_conv_cases = {{2, {300, 400, 324}},
                                                      {4, {257, 255, 257, 255}},
                                                      {4, {257, 253, 257, 257}},
                                                      {4, {257, 1, 253, 257, 1, 253, 2}}};
-
-/// Sums of few numbers may cancel.
-template <class T>
-inline constexpr double of_few_numbers = sizeof(T) == 2 ? 4 : 10;
 
 template <class Subject>
 class cp_conv : public testing::Test {
@@ -114,11 +109,7 @@ TYPED_TEST_P(cp_conv, RandomStreamsWithStatesEqualOneRank) {
     random_source random(i);
     const plan_case c = any_case(random);
     SCOPED_TRACE(testing::Message() << "case " << i << ": " << c);
-    stream_spread s;
-    s.world = c.world;
-    s.rows = c.rows;
-    s.pack = c.pack;
-    s.options = {strategies[random.between(0, 1)], shares[random.between(0, 2)], random.coin(), random.coin()};
+    const stream_spread s = random_spread(c, random);
     conv_numbers n = random_conv(random, c.pack.tokens(), c.pack.documents(), random.between(1, 5), c.shape.conv_width);
     if (random.coin()) n.act = gdn::activation::none;
     this->expect_one_rank(n, s, of_few_numbers<typename TestFixture::T>);

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <mutex>
 #include <random>
@@ -198,21 +199,29 @@ conv_answers run_conv(const conv_numbers& n, const stream_spread& s) {
   return out;
 }
 
-inline testing::AssertionResult near(const conv_answers& got, const conv_answers& want, double limit) {
+struct compared {
+  const char* name;
+  const values &got, &want;
+};
+inline testing::AssertionResult near(std::initializer_list<compared> tensors, double limit) {
   auto failure = testing::AssertionFailure();
   bool ok = true;
-  const auto check = [&](const char* name, const values& a, const values& b) {
-    const double error = rms_error(a, b);
-    if (error <= limit) return;
+  for (const auto& [name, got, want] : tensors) {
+    const double error = rms_error(got, want);
+    if (error <= limit) continue;
     ok = false;
     failure << "\n  rms error of " << name << " is " << error << " of its size, limit " << limit;
-  };
-  check("y", got.y, want.y);
-  check("dx", got.dx, want.dx);
-  check("dw", got.dw, want.dw);
-  check("final state", got.final_, want.final_);
-  check("d initial state", got.d_initial, want.d_initial);
+  }
   return ok ? testing::AssertionSuccess() : failure;
+}
+
+inline testing::AssertionResult near(const conv_answers& got, const conv_answers& want, double limit) {
+  return near({{"y", got.y, want.y},
+               {"dx", got.dx, want.dx},
+               {"dw", got.dw, want.dw},
+               {"final state", got.final_, want.final_},
+               {"d initial state", got.d_initial, want.d_initial}},
+              limit);
 }
 
 // ---- delta rule -----------------------------------------------------------------------------------------------------
@@ -335,23 +344,15 @@ rule_stream_answers run_rule(const rule_stream& n, const stream_spread& s, std::
 }
 
 inline testing::AssertionResult near(const rule_stream_answers& got, const rule_stream_answers& want, double limit) {
-  auto failure = testing::AssertionFailure();
-  bool ok = true;
-  const auto check = [&](const char* name, const values& a, const values& b) {
-    const double error = rms_error(a, b);
-    if (error <= limit) return;
-    ok = false;
-    failure << "\n  rms error of " << name << " is " << error << " of its size, limit " << limit;
-  };
-  check("o", got.o, want.o);
-  check("dq", got.dq, want.dq);
-  check("dk", got.dk, want.dk);
-  check("dv", got.dv, want.dv);
-  check("dg", got.dg, want.dg);
-  check("dbeta", got.dbeta, want.dbeta);
-  check("final state", got.final_, want.final_);
-  check("d initial state", got.d_initial, want.d_initial);
-  return ok ? testing::AssertionSuccess() : failure;
+  return near({{"o", got.o, want.o},
+               {"dq", got.dq, want.dq},
+               {"dk", got.dk, want.dk},
+               {"dv", got.dv, want.dv},
+               {"dg", got.dg, want.dg},
+               {"dbeta", got.dbeta, want.dbeta},
+               {"final state", got.final_, want.final_},
+               {"d initial state", got.d_initial, want.d_initial}},
+              limit);
 }
 
 /// The first difference in bits between two results, or nothing.

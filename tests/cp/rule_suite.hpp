@@ -5,8 +5,7 @@
 /// A Subject has a value_type, and rule(numbers, spread, counts), which runs in it; head_size(n) as conformance/fixture.hpp
 /// has it.
 
-#include <cp/host_ranks.hpp>
-#include <plan/random_case.hpp>
+#include <cp/random_stream.hpp>
 
 namespace gdn_test {
 
@@ -28,10 +27,6 @@ inline const std::vector<fla_cp_row> fla_cp_rows = {
     {8, 4, 4, 128, {8192}},  // FLA has 65536 tokens here, which take 30 s on a host
     {2, 2, 4, 64, {3000, 4000, 3240}},
     {2, 2, 8, 64, {10240}}};
-
-/// Sums of few numbers may cancel.
-template <class T>
-inline constexpr double of_few_numbers = sizeof(T) == 2 ? 4 : 10;
 
 template <class Subject>
 class cp_rule : public testing::Test {
@@ -146,11 +141,7 @@ TYPED_TEST_P(cp_rule, RandomStreamsWithStatesEqualOneRank) {
     random_source random(i);
     const plan_case c = any_case(random);
     SCOPED_TRACE(testing::Message() << "case " << i << ": " << c);
-    stream_spread s;
-    s.world = c.world;
-    s.rows = c.rows;
-    s.pack = c.pack;
-    s.options = {strategies[random.between(0, 1)], shares[random.between(0, 2)], random.coin(), random.coin()};
+    stream_spread s = random_spread(c, random);
     s.chunk = random.coin(3) ? 64 : random.between(1, 20);
     s.rule = random.coin() ? rule_kind::recurrent : rule_kind::chunked;
     const index_t Hk = random.between(1, 2), Hv = Hk * random.between(1, 4);

@@ -192,7 +192,6 @@ class backend {
   void delta_rule_prepare(const delta_rule_problem<T, device_memory>& problem,
                           const delta_rule_inputs<T, device_memory>& in, summaries_ref<T, device_memory> prepared,
                           stream_ref s) const {
-    expects_head_sizes(problem.key_dim, problem.value_dim);
     detail::delta_rule_prepare<T>(limits_, problem, in, prepared, s);
   }
   template <device_type T>
