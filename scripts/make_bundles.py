@@ -585,7 +585,7 @@ def cut(rng, total, pieces):
     return [hi - lo for lo, hi in zip([0] + cuts, cuts + [total])]
 
 
-def random_case(i, seed):
+def random_case(i, seed, head_sizes):
     rng = random.Random(f"{seed}/{i}")
     case = Case(f"random_{i:03}", rng.getrandbits(40), layout=rng.choice(["split", "interleaved"]))
     case.batch = rng.choice([1, 1, 2, 2, 3])
@@ -596,7 +596,7 @@ def random_case(i, seed):
         rng.choice([1, 2, 3, 4, 5]),
         rng.choice([1, 2, 3, 4, 4, 4, 5, 7]),
     )
-    case.key_dim, case.value_dim = (rng.choice([4, 8, 12, 16, 17, 24, 31, 32]) for _ in range(2))
+    case.key_dim, case.value_dim = (rng.choice(head_sizes) for _ in range(2))
     case.integers, case.padding = rng.choice(["I64", "I32"]), rng.choice(["garbage", "garbage", "nan", "zero"])
     case.dtype = rng.choice(["F32", "F32", "F32", "F64", "BF16", "F16"])
     case.act, case.eps = rng.choice(["silu", "silu", "swish"]), rng.choice([1e-6, 1e-6, 1e-5, 1e-3])
@@ -1343,6 +1343,9 @@ def main():
     parser.add_argument("--only", metavar="NAME", help="of the samples, this one")
     parser.add_argument("--random", type=int, metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="of the random bundles")
+    parser.add_argument(
+        "--head-sizes", default="4,8,12,16,17,24,31,32", help="of the random bundles; the CUDA backend takes multiples of 16"
+    )
     parser.add_argument("--real", action="store_true")
     parser.add_argument("--hostile", type=Path, metavar="DIR")
     parser.add_argument("--peer", choices=sorted(PEERS), default="transformers")
@@ -1358,7 +1361,10 @@ def main():
     if not files:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.random:
-            cases = [(random_case(i, args.seed), "oracle" if i % 5 == 4 else args.peer) for i in range(args.random)]
+            sizes = [int(n) for n in args.head_sizes.split(",")]
+            cases = [
+                (random_case(i, args.seed, sizes), "oracle" if i % 5 == 4 else args.peer) for i in range(args.random)
+            ]
         elif args.real:
             cases = [(REAL, args.peer)]
         else:

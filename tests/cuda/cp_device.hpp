@@ -32,7 +32,7 @@ template <class T>
 struct on_device {
   using value_type = T;
   static index_t head_size(index_t n) {
-    constexpr std::array<index_t, 4> sizes = {16, 64, 48, 80};
+    constexpr std::array<index_t, 5> sizes = {16, 64, 48, 80, 144};
     return sizes[static_cast<std::size_t>(n) % sizes.size()];
   }
   static conv_answers conv(const conv_numbers& n, const stream_spread& s) { return run_conv_on_device<T>(n, s); }

@@ -68,8 +68,12 @@ TYPED_TEST_SUITE(delta_rule_mma, types);
 
 TYPED_TEST(delta_rule_mma, MatchesIeeeFloatForwardAndBackward) {
   using T = TypeParam;
-  for (const rule_shape& sizes : {rule_shape{1, 1, {64}}, rule_shape{2, 4, {300, 129, 64, 1}},
-                                  rule_shape{2, 6, {65, 63, 15, 127, 200}}, rule_shape{4, 4, {1000}}}) {
+  for (const rule_shape& sizes :
+       {rule_shape{1, 1, {64}}, rule_shape{2, 4, {300, 129, 64, 1}}, rule_shape{2, 6, {65, 63, 15, 127, 200}},
+        rule_shape{4, 4, {1000}}, rule_shape{2, 4, {300, 129, 64, 1}, 256, 256},
+        rule_shape{2, 6, {65, 63, 15, 127, 200}, 192, 64}, rule_shape{1, 4, {1000}, 144, 128}}) {
+    SCOPED_TRACE(testing::Message() << sizes.key_heads << '/' << sizes.value_heads << " heads, K " << sizes.K << ", V "
+                                    << sizes.V);
     const rule_problem_on_device<T> fast(this->be, sizes, this->s);
     const rule_problem_on_device<float> exact(this->be, sizes, this->s);
     this->copy_inputs(fast, exact, this->s);
@@ -101,19 +105,21 @@ TYPED_TEST(delta_rule_mma, MatchesIeeeFloatForwardAndBackward) {
   }
 }
 
-/// Two documents, of which the longer one is cut in six pieces; and what summaries of them are asked for.
+/// Two documents that are cut in pieces, and what summaries of them are asked for. K = V.
 template <class T>
 struct chained_run {
-  static constexpr index_t heads = 2, K = 128, states = heads * K * K;
+  static constexpr index_t heads = 2;
+  index_t states;  // elements of one of all heads
   rule_problem_on_device<T> p;
-  gdn::cuda::device_block memory{gdn::memory_requirement{4 * states * sizeof(float) + 1024}};
+  gdn::cuda::device_block memory{gdn::memory_requirement{static_cast<std::size_t>(4 * states) * sizeof(float) + 1024}};
   gdn::cuda::device_block tables{gdn::memory_requirement{4096}};
   gdn::summaries_ref<T, device> summaries;
   gdn::tensor_ref<gdn::published_summary, 1, device> table, reverse;
 
   /// @param longest of segments, as the problem claims; it decides whether they are cut
-  chained_run(const gdn::cuda::backend& be, gdn::cuda::stream_ref s, index_t longest, bool chained)
-      : p(be, {1, heads, {3000, 1100}}, s) {
+  chained_run(const gdn::cuda::backend& be, gdn::cuda::stream_ref s, index_t K, const std::vector<index_t>& lengths,
+              index_t longest, bool chained)
+      : states(heads * K * K), p(be, {1, heads, lengths, K, K}, s) {
     p.p_.chained = chained;
     p.p_.longest = longest;
     auto ws = memory.workspace();
@@ -128,23 +134,27 @@ struct chained_run {
     gdn::cuda::copy_to_device<gdn::published_summary>(back, reverse, s);
   }
 
+  void forward() const {
+    auto ws = p.memory_[1].workspace();
+    p.be_.delta_rule_prepare(p.p_, p.in_, p.prepared_, p.s_);
+    p.be_.delta_rule_summarise(p.p_, p.in_, p.prepared_, table, p.h0_, summaries, ws, p.s_);
+    p.be_.delta_rule_forward(p.p_, p.in_, p.prepared_, p.h0_, p.o_, p.ht_, ws, p.s_);
+  }
+  /// The gradients of o and ht are o and ht.
+  void backward() const {
+    auto ws = p.memory_[1].workspace();
+    p.be_.delta_rule_summarise_gradient(p.p_, p.in_, p.prepared_, p.o_, p.ht_, reverse, summaries, summaries, ws, p.s_);
+    p.backward();
+  }
+
   /// Relative errors of all that comes out, against the same of the IEEE kernels.
   std::map<std::string, double> errors(chained_run<float>& exact, gdn::cuda::stream_ref s) {
     std::map<std::string, double> out;
     const auto note = [&](const std::string& name, const auto& a, const auto& b) {
       out[name] = relative_error(gdn::cuda::copy_to_host(a, s), gdn::cuda::copy_to_host(b, s));
     };
-    const auto each = [&](auto&& f) {
-      f(*this);
-      f(exact);
-    };
-    each([&](auto& run) {
-      auto ws = run.p.memory_[1].workspace();
-      const auto& x = run.p;
-      x.be_.delta_rule_prepare(x.p_, x.in_, x.prepared_, s);
-      x.be_.delta_rule_summarise(x.p_, x.in_, x.prepared_, run.table, x.h0_, run.summaries, ws, s);
-      x.be_.delta_rule_forward(x.p_, x.in_, x.prepared_, x.h0_, x.o_, x.ht_, ws, s);
-    });
+    forward();
+    exact.forward();
     const auto parts = [&](const char* const (&names)[4]) {
       for (index_t i = 0; i < 4; ++i) {
         if (names[i] == nullptr) continue;
@@ -161,13 +171,8 @@ struct chained_run {
     for (const T v : gdn::cuda::copy_to_host(p.o_, s)) wide.push_back(static_cast<float>(v));
     gdn::cuda::copy_to_device<float>(wide, exact.p.o_, s);
     gdn::cuda::copy_to_device<float>(gdn::cuda::copy_to_host(p.ht_, s), exact.p.ht_, s);
-    each([&](auto& run) {
-      auto ws = run.p.memory_[1].workspace();
-      const auto& x = run.p;
-      x.be_.delta_rule_summarise_gradient(x.p_, x.in_, x.prepared_, x.o_, x.ht_, run.reverse, run.summaries,
-                                          run.summaries, ws, s);
-      x.backward();
-    });
+    backward();
+    exact.backward();
     parts({"F", nullptr, "F from a gradient", nullptr});
     note("dq", p.dq_, exact.p.dq_);
     note("dk", p.dk_, exact.p.dk_);
@@ -181,20 +186,49 @@ struct chained_run {
 
 TYPED_TEST(delta_rule_mma, CuttingSegmentsLosesNothing) {
   using T = TypeParam;
-  const auto run = [&](index_t longest, bool chained) {
-    chained_run<T> fast(this->be, this->s, longest, chained);
-    chained_run<float> exact(this->be, this->s, longest, chained);
-    this->copy_inputs(fast.p, exact.p, this->s);
-    return fast.errors(exact, this->s);
-  };
-  const auto whole = run(64, false);  // claims to be short, so nothing is cut
-  const auto cut = run(3000, false);
-  const auto chained = run(3000, true);
-  for (const auto& [name, error] : whole) {
-    std::printf("  %-18s whole %.2e, cut %.2e, chained %.2e\n", name.c_str(), error, cut.at(name), chained.at(name));
-    EXPECT_GT(error, 0) << name;
-    EXPECT_LE(cut.at(name), 1.1 * error) << name;
-    EXPECT_LE(chained.at(name), 1.1 * error) << name;
+  for (const index_t K : {128, 144, 256}) {
+    const auto run = [&](index_t longest, bool chained) {
+      chained_run<T> fast(this->be, this->s, K, {3000, 1100}, longest, chained);
+      chained_run<float> exact(this->be, this->s, K, {3000, 1100}, longest, chained);
+      this->copy_inputs(fast.p, exact.p, this->s);
+      return fast.errors(exact, this->s);
+    };
+    const auto whole = run(64, false);  // claims to be short, so nothing is cut
+    const auto cut = run(3000, false);
+    const auto chained = run(3000, true);
+    std::printf("  K %d\n", static_cast<int>(K));
+    for (const auto& [name, error] : whole) {
+      std::printf("  %-18s whole %.2e, cut %.2e, chained %.2e\n", name.c_str(), error, cut.at(name), chained.at(name));
+      // The roundings differ, and with them the error, by what chance makes of it. Most of dg's is that of one number
+      // per chunk and head, <S, dS>: a hundred of them, of which the few large ones count.
+      const double most = (name == "dg" ? 1.6 : 1.1) * error;
+      EXPECT_GT(error, 0) << name << ", K " << K;
+      EXPECT_LE(cut.at(name), most) << name << ", K " << K;
+      EXPECT_LE(chained.at(name), most) << name << ", K " << K;
+    }
+  }
+}
+
+TYPED_TEST(delta_rule_mma, RunsOfCutSegmentsGiveTheSameBits) {
+  using T = TypeParam;
+  for (const index_t K : {64, 128, 256}) {
+    for (const bool chained : {false, true}) {
+      const chained_run<T> run(this->be, this->s, K, {1100, 1030}, 1100, chained);
+      const auto bits = [&] {
+        std::vector<float> all;
+        const auto add = [&](const auto& t) {
+          for (const auto x : gdn::cuda::copy_to_host(t, this->s)) all.push_back(static_cast<float>(x));
+        };
+        run.forward();
+        add(run.p.o_), add(run.p.ht_), add(run.summaries);
+        run.backward();
+        add(run.p.dq_), add(run.p.dk_), add(run.p.dv_), add(run.p.dg_), add(run.p.d_beta_), add(run.p.dh0_);
+        add(run.summaries);
+        return all;
+      };
+      const auto first = bits();
+      EXPECT_TRUE(first == bits()) << "K " << K << (chained ? ", chained" : "");
+    }
   }
 }
 

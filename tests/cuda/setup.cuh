@@ -55,7 +55,7 @@ struct cuda_setup {
 
   /// Both sides of the tiles that keys and columns of values are filled up to.
   static gdn::index_t head_size(gdn::index_t n) {
-    constexpr std::array<gdn::index_t, 5> sizes = {16, 128, 48, 64, 80};
+    constexpr std::array<gdn::index_t, 7> sizes = {16, 128, 256, 144, 48, 64, 80};
     return sizes[static_cast<std::size_t>(n) % sizes.size()];
   }
 

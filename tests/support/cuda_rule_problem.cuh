@@ -19,19 +19,19 @@ using device = gdn::device_memory;
 struct rule_shape {
   index_t key_heads, value_heads;
   std::vector<index_t> lengths;
+  index_t K = 128, V = 128;
 };
 
-/// K = V = 128; unit keys and queries, a quarter of the heads without decay, states in and out.
+/// Unit keys and queries, a quarter of the heads without decay, states in and out.
 template <class T>
 class rule_problem_on_device {
  public:
   rule_problem_on_device(const gdn::cuda::backend& be, const rule_shape& sizes, gdn::cuda::stream_ref s) : be_(be), s_(s) {
-    constexpr index_t K = 128, V = 128;
     p_.key_heads = sizes.key_heads;
     p_.value_heads = sizes.value_heads;
-    p_.key_dim = K;
-    p_.value_dim = V;
-    p_.scale = 1.0f / std::sqrt(128.0f);
+    p_.key_dim = sizes.K;
+    p_.value_dim = sizes.V;
+    p_.scale = 1.0f / std::sqrt(static_cast<float>(sizes.K));
     std::vector<gdn::rule_segment> segments;
     for (const index_t n : sizes.lengths) {
       const auto place = static_cast<std::int32_t>(segments.size());
@@ -103,12 +103,12 @@ class rule_problem_on_device {
     };
     const auto unit = [&](const auto& t) {
       std::vector<T> host(static_cast<std::size_t>(t.size()));
-      for (std::size_t row = 0; row < host.size() / 128; ++row) {
-        float values[128];
+      std::vector<float> values(static_cast<std::size_t>(p_.key_dim));
+      for (std::size_t row = 0; row < host.size(); row += values.size()) {
         float sum = 0;
         for (float& v : values) sum += (v = normal()) * v;
         const float scale = 1 / std::sqrt(sum);
-        for (int i = 0; i < 128; ++i) host[row * 128 + static_cast<std::size_t>(i)] = T(values[i] * scale);
+        for (std::size_t i = 0; i < values.size(); ++i) host[row + i] = T(values[i] * scale);
       }
       gdn::cuda::copy_to_device<T>(host, t, s_);
     };

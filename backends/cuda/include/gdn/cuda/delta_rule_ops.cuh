@@ -33,6 +33,7 @@ struct device_limits {
   index_t sm_count = 0;
   index_t shared = 0;  ///< bytes of shared memory that a block can have
 };
+inline constexpr index_t most_shared = 227 * 1024;  ///< of those on any device
 
 template <class T>
 void check_problem(problem_ref<T> p, rule_inputs_ref<T> in) {
@@ -82,16 +83,17 @@ index_t scan_blocks(problem_ref<T> p, index_t columns) {
 }
 
 /// Shared memory of the largest of the tensor cores' kernels, its static part included.
-template <int Stages>
-inline constexpr index_t gradients_mma_need = gradients_shared<128, Stages>::bytes + sizeof(gradient_sums) +
+template <int Key, int Stages>
+inline constexpr index_t gradients_mma_need = gradients_shared<Key, Stages>::bytes + sizeof(gradient_sums) +
                                               sizeof(chunk_gates);
 
-/// True if the tensor cores' kernels do this: 16-bit types, chunks of 64 tokens, K up to 128, K and V multiples of 16;
-/// on devices with the shared memory of sm_80 at least.
+/// True if the tensor cores' kernels do this: 16-bit types, chunks of 64 tokens, K and V multiples of 16; on devices
+/// with the shared memory of sm_80 at least, and of sm_90 for K above 128.
 template <class T>
 bool fits_mma(device_limits device, problem_ref<T> p) {
-  return sizeof(T) == 2 && device.shared >= gradients_mma_need<1> && p.chunk == mma_chunk && p.key_dim <= 128 &&
-         p.key_dim % 16 == 0 && p.value_dim % 16 == 0;
+  const index_t need = with_key_width(p.key_dim, [](auto key) { return gradients_mma_need<key(), 1>; });
+  return sizeof(T) == 2 && device.shared >= need && p.chunk == mma_chunk && p.key_dim % 16 == 0 &&
+         p.value_dim % 16 == 0;
 }
 /// Those kernels copy rows in pieces of 16 bytes.
 template <class T>
@@ -107,15 +109,6 @@ void check_pieces(rule_inputs_ref<T> in) {
   check_pieces("q", in.q);
   check_pieces("k", in.k);
   check_pieces("v", in.v);
-}
-/// Calls f with the compiled width of keys that holds key_dim, as a constant.
-template <class F>
-void with_key_width(index_t key_dim, F&& f) {
-  if (mma_key_width(key_dim) == 64) {
-    f(std::integral_constant<int, 64>{});
-  } else {
-    f(std::integral_constant<int, 128>{});
-  }
 }
 inline index_t mma_blocks(index_t columns) {
   return divide_up(columns, mma_values);
@@ -241,7 +234,7 @@ void run_summary_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_chunks
 template <class T, bool Back>
 void run_fold_pieces(problem_ref<T> p, const segment_pieces& pieces, const_states_ref<T, device_memory> given,
                      bool apply_given, stream_ref s) {
-  launch("fold_pieces", fold_pieces_kernel<T, Back>,
+  launch("fold_pieces", p.key_dim <= 128 ? fold_pieces_kernel<T, Back, 128> : fold_pieces_kernel<T, Back, 256>,
          grid_of(algebra_blocks(p.value_dim), p.value_heads, p.segments.extent(0)), algebra_threads, 0, s, p, pieces,
          given, apply_given);
 }
@@ -249,8 +242,8 @@ template <class T, bool Back>
 void run_join_pieces(problem_ref<T> p, const segment_pieces& pieces, const_states_ref<T, device_memory> given,
                      tensor_ref<const published_summary, 1, device_memory> table, float* summaries, stream_ref s) {
   const index_t columns = algebra_blocks(p.value_dim) + (Back ? 0 : algebra_blocks(p.key_dim));  // M^T is copied
-  launch("join_pieces", join_pieces_kernel<T, Back>, grid_of(columns, p.value_heads, table.extent(0)), algebra_threads,
-         0, s, p, pieces, given, table, summaries);
+  launch("join_pieces", p.key_dim <= 128 ? join_pieces_kernel<T, Back, 128> : join_pieces_kernel<T, Back, 256>,
+         grid_of(columns, p.value_heads, table.extent(0)), algebra_threads, 0, s, p, pieces, given, table, summaries);
 }
 
 template <class T, scan Mode>
@@ -272,8 +265,8 @@ void delta_rule_summarise(device_limits device, problem_ref<T> p, rule_inputs_re
   const scan_targets<T> to{inverses_of<T>(prepared), h0, {}, {}, table, summaries.data(), nullptr};
   if constexpr (sizeof(T) == 2) {
     if (fits_mma<T>(device, p)) {
-      auto pieces = pieces_of<T>(device, p, prepared);
-      if (!p.chained) pieces.count = 1;  // forward makes its own, from states that it knows
+      // Without a chain between ranks forward makes its own pieces, from states that it knows.
+      const auto pieces = p.chained ? pieces_of<T>(device, p, prepared) : segment_pieces{};
       if (table.extent(0) == 0 && !pieces.cut()) return;
       const scoped_mark scope(ws);
       const auto gated = make_gated<T, false>(p, in, to.prepared, ws, s);
@@ -322,8 +315,7 @@ void delta_rule_summarise_gradient(device_limits device, problem_ref<T> p, rule_
   const reverse_targets<T> to{inverses_of<T>(prepared), d_o, dht, table, summaries.data(), nullptr, {}};
   const bool mma = fits_mma<T>(device, p);
   if constexpr (sizeof(T) == 2) {
-    auto pieces = pieces_of<T>(device, p, prepared);
-    if (!p.chained) pieces.count = 1;
+    const auto pieces = p.chained ? pieces_of<T>(device, p, prepared) : segment_pieces{};
     if (mma && (table.extent(0) > 0 || pieces.cut())) {
       const scoped_mark scope(ws);
       const auto gated = make_gated<T, true>(p, in, to.prepared, ws, s);
@@ -377,11 +369,10 @@ void delta_rule_backward(device_limits device, problem_ref<T> p, rule_inputs_ref
                  gradients_mma_threads, gradients_shared<key(), stages()>::bytes, s, p, in, inverses,
                  static_cast<const T*>(states.data()), static_cast<const T*>(d_states), d_o, out);
         };
-        if (device.shared >= gradients_mma_need<2>) {
-          run(std::integral_constant<int, 2>{});
-        } else {
-          run(std::integral_constant<int, 1>{});
+        if constexpr (gradients_mma_need<key(), 2> <= most_shared) {
+          if (device.shared >= gradients_mma_need<key(), 2>) return run(std::integral_constant<int, 2>{});
         }
+        run(std::integral_constant<int, 1>{});
       });
       return;
     }

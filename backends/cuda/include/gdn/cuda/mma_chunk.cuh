@@ -3,6 +3,7 @@
 /// @file  What the tensor core kernels of the delta rule share: sizes, decays of a chunk, its two gated matrices.
 
 #include <cstdint>
+#include <type_traits>
 
 #include <gdn/concepts/gated_delta_rule.hpp>
 #include <gdn/cuda/detail/mma.cuh>
@@ -11,10 +12,20 @@ namespace gdn {
 inline namespace v0 {
 namespace cuda::detail {
 
-/// Keys of up to 128 elements, zero-filled to one of two compiled widths; chunks of 64 tokens; blocks of 64 columns of V.
+/// Keys of up to 256 elements, zero-filled to one of three widths; chunks of 64 tokens; blocks of 64 columns of V.
 inline constexpr int mma_chunk = 64;
 inline constexpr int mma_values = 64;
-constexpr int mma_key_width(index_t key_dim) { return key_dim <= 64 ? 64 : 128; }
+constexpr int mma_key_width(index_t key_dim) { return key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256; }
+
+/// f with the compiled width of keys that holds key_dim, as a constant.
+template <class F>
+auto with_key_width(index_t key_dim, F&& f) {
+  switch (mma_key_width(key_dim)) {
+    case 64: return f(std::integral_constant<int, 64>{});
+    case 128: return f(std::integral_constant<int, 128>{});
+    default: return f(std::integral_constant<int, 256>{});
+  }
+}
 
 /// Bytes in the kernels' 16-bit states: [chunks, Hv, V to a multiple of 64, Key].
 template <class T>

@@ -29,7 +29,8 @@ struct gradients_shared {
   static constexpr std::uint32_t second = first + tile<mma_chunk>::bytes;        // P, then dP
   static constexpr std::uint32_t third = second + tile<mma_chunk>::bytes;        // D, then dX
   static constexpr std::uint32_t fourth = third + tile<mma_chunk>::bytes;        // dD, then X^T dX
-  static constexpr std::uint32_t bytes = fourth + tile<mma_chunk>::bytes;
+  static constexpr std::uint32_t products = fourth + tile<mma_chunk>::bytes;  // K K^T in float, each thread's own part
+  static constexpr std::uint32_t bytes = products + 16 * gradients_mma_threads * sizeof(float);
 };
 
 /// Sums over rows and columns of a chunk, as the warps leave them; added in a fixed order.
@@ -39,6 +40,7 @@ struct gradient_sums {
   float columns[4][mma_chunk];     // of Z, by block of 16 rows
   float beta_columns[4][mma_chunk];
   float beta_rows[2][mma_chunk];
+  float beta_own[2][mma_chunk];    // <dD, W> of each token, by half of the columns of V
   float states[8];                 // <S, dS>, by warp
 };
 
@@ -47,6 +49,14 @@ template <int N>
 struct warp_results {
   float x[N][4] = {};
 };
+
+/// Columns 16 n .. of the results += A B, for operands that are in registers.
+template <class T, int N>
+__device__ inline void add_block(warp_results<N>& results, int n, const std::uint32_t (&a)[4],
+                                 const std::uint32_t (&b)[4]) {
+  mma<T>(results.x[2 * n], a, b[0], b[1]);
+  mma<T>(results.x[2 * n + 1], a, b[2], b[3]);
+}
 
 /// results += A B over 16 columns of A per step, for operands that `a(k)` and `b(k, n)` name; n counts 16 columns.
 template <class T, bool TransposedA, bool TransposedB, int N, class A, class B>
@@ -65,8 +75,7 @@ __device__ inline void add_step(warp_results<N>& results, int k, const A& a, con
     } else {
       ldmatrix(right, b(k, n));
     }
-    mma<T>(results.x[2 * n], left, right[0], right[1]);
-    mma<T>(results.x[2 * n + 1], left, right[2], right[3]);
+    add_block<T>(results, n, left, right);
   }
 }
 
@@ -93,6 +102,7 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
   using shared = gradients_shared<Key, Stages>;
   constexpr int threads = gradients_mma_threads;
   constexpr int KN = Key / 16;  // results of 8 columns in half a row of K
+  constexpr int PN = 4;         // of those, what products with a state make at once: registers are short
   extern __shared__ __align__(1024) unsigned char tiles[];
   __shared__ chunk_gates gates;
   __shared__ gradient_sums sums;
@@ -159,12 +169,17 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
   __syncthreads();
 
   warp_results<4> QK;  // raw, rows s, tokens t
-  warp_results<4> KK;
+  float4* const products = reinterpret_cast<float4*>(tiles + shared::products) + threadIdx.x;
+  {
+    warp_results<4> KK;
 #pragma unroll
-  for (int k = 0; k < Key / 16; ++k) {
-    const auto b = [&](int i, int n) { return keys.b(32 * half + 16 * n, 2 * i); };
-    add_step<T, false, false>(QK, k, [&](int i) { return queries.a(16 * r, 2 * i); }, b);
-    add_step<T, false, false>(KK, k, [&](int i) { return keys.a(16 * r, 2 * i); }, b);
+    for (int k = 0; k < Key / 16; ++k) {
+      const auto b = [&](int i, int n) { return keys.b(32 * half + 16 * n, 2 * i); };
+      add_step<T, false, false>(QK, k, [&](int i) { return queries.a(16 * r, 2 * i); }, b);
+      add_step<T, false, false>(KK, k, [&](int i) { return keys.a(16 * r, 2 * i); }, b);
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) products[n * threads] = {KK.x[n][0], KK.x[n][1], KK.x[n][2], KK.x[n][3]};
   }
   warp_results<KN> dq;
   warp_results<KN> dk;
@@ -196,6 +211,7 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
     warp_results<4> dP;
     float later[2] = {};
     float earlier[2] = {};
+    float own[2] = {};
     float carried = 0;
     for (int block = 0; block < blocks; ++block) {
       const int step = h * blocks + block;
@@ -212,13 +228,21 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
 
       // U = K S and K dS; W takes the place of V.
       warp_results<4> dD;
+      warp_results<4> W;
       {
         warp_results<4> U;
 #pragma unroll
         for (int k = 0; k < Key / 16; ++k) {
-          const auto a = [&](int i) { return keys.a(16 * r, 2 * i); };
-          add_step<T, false, false>(U, k, a, [&](int i, int n) { return state.b(32 * half + 16 * n, 2 * i); });
-          add_step<T, false, false>(dD, k, a, [&](int i, int n) { return d_state.b(32 * half + 16 * n, 2 * i); });
+          std::uint32_t a[4];
+          ldmatrix(a, keys.a(16 * r, 2 * k));
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            std::uint32_t b[4];
+            ldmatrix(b, state.b(32 * half + 16 * n, 2 * k));
+            add_block<T>(U, n, a, b);
+            ldmatrix(b, d_state.b(32 * half + 16 * n, 2 * k));
+            add_block<T>(dD, n, a, b);
+          }
         }
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
@@ -231,7 +255,9 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
             const float decay = gates.decay[s];
             const float u0 = decay * U.x[n][2 * e];
             const float u1 = decay * U.x[n][2 * e + 1];
-            store_shared(place, pack2<T>(v.x - u0, v.y - u1));
+            W.x[n][2 * e] = v.x - u0;
+            W.x[n][2 * e + 1] = v.y - u1;
+            store_shared(place, pack2<T>(W.x[n][2 * e], W.x[n][2 * e + 1]));
             later[e] -= dv.x * u0 + dv.y * u1;
             dD.x[n][2 * e] *= gates.rest[s];
             dD.x[n][2 * e + 1] *= gates.rest[s];
@@ -240,7 +266,7 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
       }
       __syncthreads();
 
-      // D = T W; dD += P^T dO.
+      // D = T W; dD += P^T dO. <dD, W> in float: a token's own part of dbeta is most of it where gates are strong.
       {
         warp_results<4> D;
         for (int k = 0; k < 4; ++k) {
@@ -260,6 +286,7 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
             const int s = row_of(e);
             store_shared(third.at(s, 4 * half + n) + pair, pack2<T>(D.x[n][2 * e], D.x[n][2 * e + 1]));
             store_shared(fourth.at(s, 4 * half + n) + pair, pack2<T>(dD.x[n][2 * e], dD.x[n][2 * e + 1]));
+            own[e] += dD.x[n][2 * e] * W.x[n][2 * e] + dD.x[n][2 * e + 1] * W.x[n][2 * e + 1];
           }
         }
       }
@@ -273,63 +300,63 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
         add_step<T, false, false>(dP, k, [&](int i) { return d_output.a(16 * r, 2 * i); },
                                   [&](int i, int n) { return third.b(32 * half + 16 * n, 2 * i); });
       }
-      // What left with the state and what came with it.
-      const auto rows_of_keys = [&](tile<Key> t) {
-        return [t, half](int i, int n) { return t.b_transposed(16 * i, KN * half + 2 * n); };
-      };
-      {
-        warp_results<KN> product;
+      // What left with the state and what came with it: dO S^T and dU S^T, which read S once; D dS^T.
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          add_step<T, false, true>(product, k, [&](int i) { return d_output.a(16 * r, 2 * i); }, rows_of_keys(state));
-        }
+      for (int part = 0; part < KN; part += PN) {
+        const int piece = KN * half + part;
+        {
+          warp_results<PN> of_output;
+          warp_results<PN> of_values;
 #pragma unroll
-        for (int n = 0; n < KN; ++n) {
+          for (int k = 0; k < 4; ++k) {
+            std::uint32_t dO[4];
+            std::uint32_t dV[4];
+            ldmatrix(dO, d_output.a(16 * r, 2 * k));
+            ldmatrix(dV, d_values.a(16 * r, 2 * k));
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float by = p.scale * gates.decay[row_of(e)];
-            const float2 q = unpack2<T>(load_shared(queries.at(row_of(e), KN * half + n) + pair));
-            const float d0 = by * product.x[n][2 * e];
-            const float d1 = by * product.x[n][2 * e + 1];
-            later[e] += q.x * d0 + q.y * d1;
-            dq.x[n][2 * e] += d0;
-            dq.x[n][2 * e + 1] += d1;
+            for (int n = 0; n < PN / 2; ++n) {
+              std::uint32_t b[4];
+              ldmatrix_transposed(b, state.b_transposed(16 * k, piece + 2 * n));
+              add_block<T>(of_output, n, dO, b);
+              add_block<T>(of_values, n, dV, b);
+            }
+          }
+#pragma unroll
+          for (int n = 0; n < PN; ++n) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const float decay = gates.decay[row_of(e)];
+              const float by = p.scale * decay;
+              const float2 q = unpack2<T>(load_shared(queries.at(row_of(e), piece + n) + pair));
+              const float d0 = by * of_output.x[n][2 * e];
+              const float d1 = by * of_output.x[n][2 * e + 1];
+              later[e] += q.x * d0 + q.y * d1;
+              dq.x[part + n][2 * e] += d0;
+              dq.x[part + n][2 * e + 1] += d1;
+              dk.x[part + n][2 * e] -= decay * of_values.x[n][2 * e];
+              dk.x[part + n][2 * e + 1] -= decay * of_values.x[n][2 * e + 1];
+            }
           }
         }
-      }
-      {
-        warp_results<KN> product;
+        {
+          warp_results<PN> product;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          add_step<T, false, true>(product, k, [&](int i) { return third.a(16 * r, 2 * i); }, rows_of_keys(d_state));
-        }
-#pragma unroll
-        for (int n = 0; n < KN; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float by = gates.rest[row_of(e)];
-            const float2 key = unpack2<T>(load_shared(keys.at(row_of(e), KN * half + n) + pair));
-            const float d0 = by * product.x[n][2 * e];
-            const float d1 = by * product.x[n][2 * e + 1];
-            earlier[e] += key.x * d0 + key.y * d1;
-            dk.x[n][2 * e] += d0;
-            dk.x[n][2 * e + 1] += d1;
+          for (int k = 0; k < 4; ++k) {
+            add_step<T, false, true>(product, k, [&](int i) { return third.a(16 * r, 2 * i); },
+                                     [&](int i, int n) { return d_state.b_transposed(16 * i, piece + 2 * n); });
           }
-        }
-      }
-      {
-        warp_results<KN> product;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          add_step<T, false, true>(product, k, [&](int i) { return d_values.a(16 * r, 2 * i); }, rows_of_keys(state));
-        }
+          for (int n = 0; n < PN; ++n) {
 #pragma unroll
-        for (int n = 0; n < KN; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float by = -gates.decay[row_of(e)];
-            dk.x[n][2 * e] += by * product.x[n][2 * e];
-            dk.x[n][2 * e + 1] += by * product.x[n][2 * e + 1];
+            for (int e = 0; e < 2; ++e) {
+              const float by = gates.rest[row_of(e)];
+              const float2 key = unpack2<T>(load_shared(keys.at(row_of(e), piece + n) + pair));
+              const float d0 = by * product.x[n][2 * e];
+              const float d1 = by * product.x[n][2 * e + 1];
+              earlier[e] += key.x * d0 + key.y * d1;
+              dk.x[part + n][2 * e] += d0;
+              dk.x[part + n][2 * e + 1] += d1;
+            }
           }
         }
       }
@@ -373,7 +400,8 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
           const float by_beta = d_t * (i == 0 ? x.x : x.y);
           d_x[i] = d_t * gates.beta[t];
           d_p[i] = p.scale * g * dP.x[n][2 * e + i];
-          const float z = t == s ? 0.0f : d_p[i] * QK.x[n][2 * e + i] + by_beta * gates.beta[t];
+          if (t == s) continue;  // no part of Z, and what beta gets is in `own`
+          const float z = d_p[i] * QK.x[n][2 * e + i] + by_beta * gates.beta[t];
           later[e] += z;
           z_columns[n][i] += z;
           beta_columns[n][i] += by_beta;
@@ -395,7 +423,9 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
     for (int e = 0; e < 2; ++e) {
       const float l = row_sum(later[e]);
       const float k = row_sum(earlier[e]);
+      const float b = row_sum(own[e]);
       if (lane % 4 == 0) {
+        sums.beta_own[half][row_of(e)] = b;
         sums.later[half][row_of(e)] = l;
         sums.earlier[half][row_of(e)] = k;
       }
@@ -435,7 +465,8 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
           const int t = 32 * half + 8 * n + at.column;
           const float l0 = t < s ? -dL.x[n][2 * e] : 0.0f;
           const float l1 = t + 1 < s ? -dL.x[n][2 * e + 1] : 0.0f;
-          sum += l0 * KK.x[n][2 * e] + l1 * KK.x[n][2 * e + 1];
+          const float4 kk = products[n * threads];
+          sum += e == 0 ? l0 * kk.x + l1 * kk.y : l0 * kk.z + l1 * kk.w;
           store_shared(first.at(s, 4 * half + n) + pair, pack2<T>(gates.beta[s] * l0, gates.beta[s] * l1));
         }
         sum = row_sum(sum);
@@ -492,7 +523,7 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
       const int t = 32 * (warp - 1) + lane;
       const float b = (sums.beta_columns[0][t] + sums.beta_columns[1][t]) +
                       (sums.beta_columns[2][t] + sums.beta_columns[3][t]) +
-                      (sums.beta_rows[0][t] + sums.beta_rows[1][t]);
+                      (sums.beta_rows[0][t] + sums.beta_rows[1][t]) + (sums.beta_own[0][t] + sums.beta_own[1][t]);
       if (t < c) out.beta(token + t, head) = b;
     }
     __syncthreads();

@@ -88,23 +88,6 @@ struct piece {
   __device__ bool last() const { return end == chunks; }
 };
 
-/// A state of one head, or none (zero): element (k, j) lies at k * row + j * column.
-struct state_source {
-  const float* data = nullptr;
-  index_t row = 0, column = 1;
-
-  state_source() = default;
-  __device__ state_source(const float* at, index_t columns) : data(at), row(columns) {}
-  __device__ state_source(const tensor_ref<const float, 4, device_memory>& states, std::int32_t place, index_t head) {
-    if (place < 0 || states.data() == nullptr) return;
-    data = &states(place, head, 0, 0);
-    row = states.stride(2);
-    column = states.stride(3);
-  }
-  __device__ bool none() const { return data == nullptr; }
-  __device__ float operator()(index_t k, index_t j) const { return data[k * row + j * column]; }
-};
-
 /// What a chain over pieces runs through: forward M and E from the state before the segment, back M^T and F from the
 /// gradient of the state after it.
 template <bool Back>
@@ -121,11 +104,11 @@ struct piece_chain {
 
 /// The states between the pieces of every segment; back, the gradients. The walk for E of a segment's first piece
 /// (back: for F of its last) started from the given state, unless `apply_given` says that it was not known yet.
-template <class T, bool Back>
+template <class T, bool Back, int Keys>
 __global__ void __launch_bounds__(algebra_threads, 2)
     fold_pieces_kernel(delta_rule_problem<T, device_memory> p, segment_pieces pieces,
                        const_states_ref<T, device_memory> given, bool apply_given) {
-  __shared__ algebra_block<128> block;
+  __shared__ algebra_block<Keys> block;
   const index_t n = blockIdx.z;
   const piece_chain<Back> chain{pieces, p.value_heads, p.key_dim, p.value_dim, blockIdx.y};
   const index_t K = p.key_dim, V = p.value_dim;
@@ -137,11 +120,7 @@ __global__ void __launch_bounds__(algebra_threads, 2)
   const state_source start(given, Back ? segment.dht : segment.h0, blockIdx.y);
   const bool apply_first = apply_given && !start.none();
 
-  if (apply_first) {
-    block.set(K, [&](index_t k, int j) { return j < width ? start(k, column + j) : 0.0f; });
-  } else {
-    block.set(K, columns_at(chain.bias(unit(0)), V, column, width));
-  }
+  block.set(K, columns_of(apply_first ? start : state_source(chain.bias(unit(0)), V), column, width));
   for (index_t i = 0; i + 1 < count; ++i) {
     if (i > 0 || apply_first) {
       block.template apply<Back>(chain.transition(unit(i)), chain.bias(unit(i)) + column, V, K, width);
@@ -151,33 +130,27 @@ __global__ void __launch_bounds__(algebra_threads, 2)
 }
 
 /// The summaries that other ranks read, composed of the effects of pieces: E (back: F), and M behind it where wanted.
-template <class T, bool Back>
+template <class T, bool Back, int Keys>
 __global__ void __launch_bounds__(algebra_threads, 2)
     join_pieces_kernel(delta_rule_problem<T, device_memory> p, segment_pieces pieces,
                        const_states_ref<T, device_memory> given,
                        tensor_ref<const published_summary, 1, device_memory> table, float* summaries) {
-  __shared__ algebra_block<128> block;
+  __shared__ algebra_block<Keys> block;
   const published_summary entry = table(blockIdx.z);
   const index_t K = p.key_dim, V = p.value_dim;
   const index_t head = blockIdx.y;
   const piece_chain<Back> chain{pieces, p.value_heads, K, V, head};
-  const index_t values = (V + algebra_columns - 1) / algebra_columns;
-  const bool of_bias = blockIdx.x < values;
+  const auto [of_bias, columns, column] = summary_columns(blockIdx.x, algebra_columns, K, V);
   if (!of_bias && entry.transition < 0) return;
-  const index_t columns = of_bias ? V : K;
-  const index_t column = (blockIdx.x - (of_bias ? 0 : values)) * algebra_columns;
   const int width = columns_from(columns, column);
   const index_t count = pieces.of(p.segments(entry.segment));
   const auto unit = [&](index_t i) { return entry.segment * pieces.count + (Back ? count - 1 - i : i); };
   const state_source start(given, entry.start, head);
 
   const bool from_state = of_bias && !start.none();
+  const state_source of_first(of_bias ? chain.bias(unit(0)) : chain.transition(unit(0)), columns);
 
-  if (from_state) {
-    block.set(K, [&](index_t k, int j) { return j < width ? start(k, column + j) : 0.0f; });
-  } else {
-    block.set(K, columns_at(of_bias ? chain.bias(unit(0)) : chain.transition(unit(0)), columns, column, width));
-  }
+  block.set(K, columns_of(from_state ? start : of_first, column, width));
   for (index_t i = from_state ? 0 : 1; i < count; ++i) {
     block.template apply<Back>(chain.transition(unit(i)), of_bias ? chain.bias(unit(i)) + column : nullptr, V, K,
                                width);

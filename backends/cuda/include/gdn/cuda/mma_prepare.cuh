@@ -2,6 +2,8 @@
 #pragma once
 /// @file  The inverses of the chunks' unit triangular matrices: substitution in float, one merge on tensor cores.
 
+#include <algorithm>
+
 #include <gdn/cuda/mma_chunk.cuh>
 
 namespace gdn {
@@ -26,10 +28,9 @@ template <int Key>
 struct prepare_shared {
   static constexpr int pitch = mma_chunk + 4;  // floats
   static constexpr std::uint32_t results = 0;
-  static constexpr std::uint32_t products = 2 * tile<mma_chunk>::bytes;
+  static constexpr std::uint32_t products = std::max(tile<Key>::bytes, 2 * tile<mma_chunk>::bytes);
   static constexpr std::uint32_t leaves = products + mma_chunk * pitch * sizeof(float);
   static constexpr std::uint32_t bytes = leaves + 2 * leaf_columns::bytes;
-  static_assert(tile<Key>::bytes <= 2 * tile<mma_chunk>::bytes);
 };
 
 /// X = (I + L)^-1 with L = stril(diag(b) K K^T), in 16 bits, [chunks, Hv, 64, 64], rows and columns beyond a short chunk

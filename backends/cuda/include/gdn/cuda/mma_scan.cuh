@@ -334,10 +334,7 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
                        gated_chunks<T> gated, segment_pieces pieces, scan_targets<T> to, bool chained) {
   extern __shared__ __align__(1024) unsigned char tiles[];
   const index_t head = blockIdx.y;
-  const index_t values = (p.value_dim + mma_values - 1) / mma_values;
-  const bool of_bias = blockIdx.x < values;
-  const index_t columns = of_bias ? p.value_dim : p.key_dim;
-  const index_t column = (blockIdx.x - (of_bias ? 0 : values)) * static_cast<index_t>(mma_values);
+  const auto [of_bias, columns, column] = summary_columns(blockIdx.x, mma_values, p.key_dim, p.value_dim);
   const index_t own = column + 16 * static_cast<index_t>(threadIdx.x / 32);
 
   published_summary entry{};

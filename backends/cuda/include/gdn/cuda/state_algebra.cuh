@@ -120,13 +120,44 @@ struct algebra_block {
   }
 };
 
-/// Columns [column, column + n) of a state that lies in [K, V] at `at`, zero beyond.
-__device__ inline auto columns_at(const float* at, index_t stride, index_t column, int n) {
-  return [=](index_t row, int j) { return j < n ? at[row * stride + column + j] : 0.0f; };
+/// A state of one head, or none (zero): element (k, j) lies at k * row + j * column.
+struct state_source {
+  const float* data = nullptr;
+  index_t row = 0, column = 1;
+
+  state_source() = default;
+  __device__ state_source(const float* at, index_t columns) : data(at), row(columns) {}
+  __device__ state_source(const tensor_ref<const float, 4, device_memory>& states, std::int32_t place, index_t head) {
+    if (place < 0 || states.data() == nullptr) return;
+    data = &states(place, head, 0, 0);
+    row = states.stride(2);
+    column = states.stride(3);
+  }
+  __device__ bool none() const { return data == nullptr; }
+  __device__ float operator()(index_t k, index_t j) const { return data[k * row + j * column]; }
+};
+
+/// Columns [column, column + n) of a state that is there, zero beyond.
+__device__ inline auto columns_of(const state_source& from, index_t column, int n) {
+  return [=](index_t row, int j) { return j < n ? from(row, column + j) : 0.0f; };
 }
 __device__ inline int columns_from(index_t columns, index_t column) {
   return static_cast<int>(columns - column < algebra_columns ? columns - column : algebra_columns);
 }
+
+/// Which columns of a summary a block has: blocks of `width` columns of E [K, V] come first, then those of M [K, K].
+struct summary_columns {
+  bool of_bias;
+  index_t columns;  // in all
+  index_t first;    // of the block's
+
+  __device__ summary_columns(index_t block, index_t width, index_t K, index_t V) {
+    const index_t of_values = (V + width - 1) / width;
+    of_bias = block < of_values;
+    columns = of_bias ? V : K;
+    first = (block - (of_bias ? 0 : of_values)) * width;
+  }
+};
 inline index_t algebra_blocks(index_t columns) {
   return divide_up(columns, algebra_columns);
 }
@@ -138,16 +169,14 @@ __global__ void __launch_bounds__(algebra_threads)
   __shared__ algebra_block<Keys> block;
   const compose_item e = items[blockIdx.z];
   const index_t h = blockIdx.y;
-  const index_t values = (V + algebra_columns - 1) / algebra_columns;
-  const bool of_bias = blockIdx.x < values;
+  const auto [of_bias, columns, column] = summary_columns(blockIdx.x, algebra_columns, K, V);
   if (!of_bias && e.transition < 0) return;
-  const index_t width = of_bias ? V : K;
-  const index_t column = (blockIdx.x - (of_bias ? 0 : values)) * algebra_columns;
-  const int n = columns_from(width, column);
-  const auto at = [&](index_t place, index_t columns) { return buffer + place + h * K * columns; };
-  block.set(K, columns_at(at(of_bias ? e.earlier_bias : e.earlier_transition, width), width, column, n));
-  block.template apply<false>(at(e.later_transition, K), of_bias ? at(e.later_bias, V) + column : nullptr, V, K, n);
-  block.write(at(of_bias ? e.bias : e.transition, width) + column, width, K, n);
+  const int width = columns_from(columns, column);
+  const auto at = [&](index_t place, index_t row) { return buffer + place + h * K * row; };
+  const state_source earlier(at(of_bias ? e.earlier_bias : e.earlier_transition, columns), columns);
+  block.set(K, columns_of(earlier, column, width));
+  block.template apply<false>(at(e.later_transition, K), of_bias ? at(e.later_bias, V) + column : nullptr, V, K, width);
+  block.write(at(of_bias ? e.bias : e.transition, columns) + column, columns, K, width);
 }
 
 /// A block folds some columns.
@@ -161,7 +190,7 @@ __global__ void __launch_bounds__(algebra_threads)
   const index_t column = blockIdx.x * static_cast<index_t>(algebra_columns);
   const int n = columns_from(V, column);
   const auto bias = [&](index_t i) { return summaries + links[i].bias + h * K * V; };
-  block.set(K, columns_at(bias(e.begin), V, column, n));
+  block.set(K, columns_of({bias(e.begin), V}, column, n));
   for (index_t i = e.begin + 1; i < e.begin + e.count; ++i) {
     block.template apply<false>(summaries + links[i].transition + h * K * K, bias(i) + column, V, K, n);
   }
