@@ -96,18 +96,20 @@ void conv_backward(benchmark::State& state, index_t tokens, index_t channels, in
 
 // ---- norms ----------------------------------------------------------------------------------------------------------
 
+/// The layer's is from float, in which convolved keys stay until they are normalised.
+template <class X>
 void l2norm_forward(benchmark::State& state, index_t tokens) {
   auto& [be, s, watch] = setup();
-  heads<float> x;
+  heads<X> x;
   heads<bfloat16> y;
   matrix<float> rstd;
   const gdn_bench::memory m([&](space& ws) {
-    x = ws.take<float>(tokens, key_heads, head_dim);
+    x = ws.take<X>(tokens, key_heads, head_dim);
     y = ws.take<bfloat16>(tokens, key_heads, head_dim);
     rstd = ws.take<float>(tokens, key_heads);
   });
   fill(x, s);
-  report(state, watch, s, bytes_of(x.size(), 6) + bytes_of(rstd.size(), 4), 0,
+  report(state, watch, s, bytes_of(x.size(), sizeof(X) + 2) + bytes_of(rstd.size(), 4), 0,
          [&] { be.l2norm_forward(x, 1e-6, y, rstd, s); });
 }
 
@@ -239,10 +241,49 @@ void copy_rows(benchmark::State& state, index_t tokens, index_t columns) {
          [&] { be.copy_rows<bfloat16>(gdn::columns(wide, 0, columns), dense, s); });
 }
 
+/// Gradients of history, three rows for each of `documents`, are added to those of the tokens that they came from.
+void scatter_add_rows(benchmark::State& state, index_t tokens, index_t columns, index_t documents) {
+  auto& [be, s, watch] = setup();
+  matrix<bfloat16> all, message;
+  tensor_ref<gdn::run, 1, device> runs;
+  const gdn_bench::memory m([&](space& ws) {
+    all = ws.take<bfloat16>(tokens, columns);
+    message = ws.take<bfloat16>(3 * documents, columns);
+    runs = ws.take<gdn::run>(documents);
+  });
+  std::vector<gdn::run> host;
+  for (index_t i = 0; i < documents; ++i) host.push_back({0, (i + 1) * (tokens / documents) - 3, 3, 3 * i});
+  gdn::cuda::copy_to_device<gdn::run>(host, runs, s);
+  fill(all, s);
+  fill(message, s);
+  report(state, watch, s, bytes_of(message.size(), 6), 0,
+         [&] { be.scatter_add_rows<bfloat16>(message, runs, all, s); });
+}
+
+void fill_zero(benchmark::State& state, index_t rows, index_t columns) {
+  auto& [be, s, watch] = setup();
+  matrix<bfloat16> x;
+  const gdn_bench::memory m([&](space& ws) { x = ws.take<bfloat16>(rows, columns); });
+  report(state, watch, s, bytes_of(x.size(), 2), 0, [&] { be.fill_zero(x, s); });
+}
+
+/// Convolution states [N, Dc, W] as rows of history [N, W, Dc], or back.
+void swap_axes(benchmark::State& state, index_t batch, index_t channels, bool to_rows) {
+  auto& [be, s, watch] = setup();
+  heads<bfloat16> x, y;
+  const gdn_bench::memory m([&](space& ws) {
+    x = to_rows ? ws.take<bfloat16>(batch, channels, width) : ws.take<bfloat16>(batch, width, channels);
+    y = to_rows ? ws.take<bfloat16>(batch, width, channels) : ws.take<bfloat16>(batch, channels, width);
+  });
+  fill(x, s);
+  report(state, watch, s, bytes_of(x.size(), 4), 0, [&] { be.swap_axes<bfloat16>(x, y, s); });
+}
+
 // ---- products -------------------------------------------------------------------------------------------------------
 
-enum class product { forward, input, weight };
+enum class product { forward, input, added_input, weight };
 
+/// Those with few outputs (b and a have one for each value head) are bound by memory, so they count bytes.
 void linear(benchmark::State& state, index_t tokens, index_t in, index_t out, product which) {
   auto& [be, s, watch] = setup();
   matrix<bfloat16> x, w, y;
@@ -257,14 +298,18 @@ void linear(benchmark::State& state, index_t tokens, index_t in, index_t out, pr
   fill(x, s);
   fill(w, s, 0.02f);
   fill(y, s);
-  report(state, watch, s, 0, 2.0 * static_cast<double>(tokens) * static_cast<double>(in) * static_cast<double>(out),
-         [&] {
+  const bool few = out < head_dim, add = which == product::added_input;
+  const double bytes = bytes_of((add ? 2 : 1) * x.size() + y.size(), 2) +
+                       bytes_of(w.size(), which == product::weight ? 2 * sizeof(float) : 2);  // dw is added to
+  report(state, watch, s, few ? bytes : 0,
+         2.0 * static_cast<double>(tokens) * static_cast<double>(in) * static_cast<double>(out), [&] {
            auto ws = block.workspace();
            switch (which) {
              case product::forward:
                return be.linear_forward<bfloat16>(x, w, y, ws, s);
              case product::input:
-               return be.linear_backward_input<bfloat16>(y, w, x, false, ws, s);
+             case product::added_input:
+               return be.linear_backward_input<bfloat16>(y, w, x, add, ws, s);
              case product::weight:
                return be.linear_backward_weight(y, x, dw, ws, s);
            }
@@ -411,11 +456,13 @@ int main(int argc, char** argv) {
         add("conv_forward/keys in float" + at, conv_forward<float>, tokens, 2 * key_heads * head_dim, tokens);
         add("conv_forward/documents of 512" + at, conv_forward<bfloat16>, tokens, channels, index_t{512});
         add("conv_backward/documents of 512" + at, conv_backward, tokens, channels, index_t{512});
-        add("l2norm_forward" + at, l2norm_forward, tokens);
+        add("l2norm_forward" + at, l2norm_forward<float>, tokens);
+        add("l2norm_forward/from bf16" + at, l2norm_forward<bfloat16>, tokens);
         add("l2norm_backward" + at, l2norm_backward, tokens);
         add("gather_rows/2048 columns" + at, move_rows, tokens, index_t{2048}, tokens / 16, true);
         add("scatter_rows/2048 columns" + at, move_rows, tokens, index_t{2048}, tokens / 16, false);
         add("copy_rows/4096 of 8192 columns" + at, copy_rows, tokens, index_t{4096});
+        add("fill_zero/2048 columns" + at, fill_zero, tokens, index_t{2048});
       }
       add("gates_forward" + at, gates_forward, tokens, Hv);
       add("gates_backward" + at, gates_backward, tokens, Hv);
@@ -424,11 +471,15 @@ int main(int argc, char** argv) {
     }
     for (const auto& [name, hidden, Hv] : gdn_bench::geometries) {
       const std::string at = std::string("/") + name + "/" + std::to_string(tokens);
-      const index_t channels = (2 * key_heads + Hv) * head_dim;
-      add("linear_forward/qkv" + at, linear, tokens, hidden, channels, product::forward);
-      add("linear_forward/out" + at, linear, tokens, Hv * head_dim, hidden, product::forward);
-      add("linear_backward_input/qkv" + at, linear, tokens, hidden, channels, product::input);
-      add("linear_backward_weight/qkv" + at, linear, tokens, hidden, channels, product::weight);
+      const auto add_product = [&](const std::string& of, index_t in, index_t out, product input) {
+        add("linear_forward/" + of + at, linear, tokens, in, out, product::forward);
+        add("linear_backward_input/" + of + at, linear, tokens, in, out, input);
+        add("linear_backward_weight/" + of + at, linear, tokens, in, out, product::weight);
+      };
+      add_product("qkv", hidden, (2 * key_heads + Hv) * head_dim, product::input);
+      add_product("z", hidden, Hv * head_dim, product::added_input);  // the gradient of x is a sum
+      add_product("a", hidden, Hv, product::added_input);             // b is as large
+      add_product("out", Hv * head_dim, hidden, product::input);
     }
   }
   for (const index_t Hv : {32, 64}) {
@@ -439,9 +490,19 @@ int main(int argc, char** argv) {
     }
     for (const index_t batch : {16, 128}) {
       const std::string at = "/" + std::to_string(Hv) + "/" + std::to_string(batch);
-      add("conv_step" + at, conv_step, batch, (2 * key_heads + Hv) * head_dim);
+      const index_t channels = (2 * key_heads + Hv) * head_dim;
+      add("conv_step" + at, conv_step, batch, channels);
       add("load_states/bf16" + at, move_states<bfloat16>, batch, Hv, false);
       add("store_states/bf16" + at, move_states<bfloat16>, batch, Hv, true);
+      add("load_states/float" + at, move_states<float>, batch, Hv, false);
+      add("store_states/float" + at, move_states<float>, batch, Hv, true);
+      add("swap_axes/to rows" + at, swap_axes, batch, channels, true);
+      add("swap_axes/to states" + at, swap_axes, batch, channels, false);
+    }
+    for (const index_t documents : {1, 16, 128}) {
+      const std::string at = "/history/" + std::to_string(Hv) + "/" + std::to_string(documents);
+      add("scatter_add_rows" + at, scatter_add_rows, index_t{32768}, (2 * key_heads + Hv) * head_dim, documents);
+      add("fill_zero" + at, fill_zero, 3 * documents, (2 * key_heads + Hv) * head_dim);
     }
     add("fold/8 ranks/" + std::to_string(Hv), fold, Hv, index_t{8});
     add("compose/" + std::to_string(Hv), compose, Hv);

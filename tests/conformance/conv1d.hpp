@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <conformance/fixture.hpp>
+#include <conformance/refusals.hpp>
 
 namespace gdn_test {
 
@@ -333,9 +334,53 @@ TYPED_TEST_P(conv1d_conformance, ConcurrentCallsChangeNoBit) {
   TestFixture::expect_same_in_threads([](const auto& be) { return run_conv<TestFixture>(be); });
 }
 
+TYPED_TEST_P(conv1d_conformance, RefusesWhatDoesNotFit) {
+  using T = typename TestFixture::value_type;
+  using A = typename TestFixture::sum_type;
+  const auto& be = this->backend_;
+  random_source random(8);
+  conv_case<T> c(random, 6, 4, 3, gdn::activation::silu);
+  c.segments = {{0, 4, -1}, {4, 2, 0}};
+  const auto segments = this->place_table(c.segments);
+  const auto x = this->place(c.x), halo = this->place(c.halo), w = this->place(c.w), dy = this->place(c.dy);
+  auto y = this->place(c.dy), dx = this->place(c.x), dhalo = this->place(c.halo);
+  auto dw = this->place(host_tensor<A, 2>({4, 3}));
+  const auto forward = [&](auto in_segments, auto in, auto in_halo, auto taps, auto to) {
+    be.causal_conv1d_forward(in_segments, in, in_halo, taps, c.act, to, this->stream_);
+    be.synchronize(this->stream_);
+  };
+  const operand table{"segments", segments.in(), 0U};
+  const operand of_halo{"halo", halo.in(), 2U};
+  expect_wrong_operands_refused(forward, table, operand{"x", x.in()}, of_halo, operand{"w", w.in(), 1U, false},
+                                operand{"y", y.out()});
+  EXPECT_THROW(forward(rows(segments.in(), 0, 0), x.in(), halo.in(), w.in(), y.out()), gdn::shape_error);
+  EXPECT_THROW(forward(segments.in(), x.in(), halo.in(), columns(w.in(), 0, 0), y.out()), gdn::shape_error);
+
+  const auto backward = [&](auto in_segments, auto in, auto in_halo, auto taps, auto d_out, auto d_in, auto d_halo,
+                            auto d_taps) {
+    be.causal_conv1d_backward(in_segments, in, in_halo, taps, c.act, d_out, d_in, d_halo, d_taps,
+                              TestFixture::scratch(), this->stream_);
+    be.synchronize(this->stream_);
+  };
+  expect_wrong_operands_refused(backward, table, operand{"x", x.in()}, of_halo, operand{"w", w.in(), 3U, false},
+                                operand{"dy", dy.in()}, operand{"dx", dx.out()}, operand{"dhalo", dhalo.out()},
+                                operand{"dw", dw.out()});
+
+  const auto token = this->place(random_tensor<T, 2>(random, {3, 4}));
+  auto states = this->place(random_tensor<T, 3>(random, {3, 4, 3}));
+  auto out = this->place(host_tensor<T, 2>({3, 4}));
+  const auto slots = this->place_table(std::vector<std::int32_t>{2, -1, 0});
+  const auto step = [&](auto in, auto pool, auto in_slots, auto taps, auto to) {
+    be.causal_conv1d_step(in, pool, in_slots, taps, c.act, to, this->stream_);
+    be.synchronize(this->stream_);
+  };
+  expect_wrong_operands_refused(step, operand{"x", token.in()}, operand{"states", states.out(), 6U, false},
+                                operand{"slots", slots.in()}, operand{"w", w.in(), 3U, false}, operand{"y", out.out()});
+}
+
 REGISTER_TYPED_TEST_SUITE_P(conv1d_conformance, ForwardIsTheFormulaOverSegmentsAndHalos,
                             BackwardIsTheFormulaOverSegmentsAndHalos, GradientsAreDifferencesInDouble,
                             SplitAnywhereEqualsWhole, NaNStaysInItsSegment, StepsEqualTheWholeSequence,
-                            ThreadCountChangesNoBit, ConcurrentCallsChangeNoBit);
+                            ThreadCountChangesNoBit, ConcurrentCallsChangeNoBit, RefusesWhatDoesNotFit);
 
 }  // namespace gdn_test

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include <conformance/fixture.hpp>
+#include <conformance/refusals.hpp>
 
 namespace gdn_test {
 
@@ -190,8 +191,36 @@ TYPED_TEST_P(gate_conformance, ConcurrentCallsChangeNoBit) {
   TestFixture::expect_same_in_threads([](const auto& be) { return run_gates<TestFixture>(be); });
 }
 
+TYPED_TEST_P(gate_conformance, RefusesWhatDoesNotFit) {
+  using T = typename TestFixture::value_type;
+  using A = typename TestFixture::sum_type;
+  const auto& be = this->backend_;
+  random_source random(12);
+  const gate_case<T> c(random, 3, 2);
+  const auto a = this->place(c.a), b = this->place(c.b);
+  const auto a_log = this->place(c.a_log), dt_bias = this->place(c.dt_bias);
+  const auto dg = this->place(c.dg), dbeta = this->place(c.dbeta);
+  auto g = this->place(c.dg);
+  auto beta = this->place(c.b), da = this->place(c.a), db = this->place(c.b);
+  auto d_a_log = this->place(host_tensor<A, 1>({2})), d_dt_bias = this->place(host_tensor<A, 1>({2}));
+  const auto forward = [&](auto... operands) {
+    be.gates_forward(operands..., this->stream_);
+    be.synchronize(this->stream_);
+  };
+  expect_wrong_operands_refused(forward, operand{"a", a.in()}, operand{"b", b.in()}, operand{"A_log", a_log.in()},
+                                operand{"dt_bias", dt_bias.in()}, operand{"g", g.out()}, operand{"beta", beta.out()});
+  const auto backward = [&](auto... operands) {
+    be.gates_backward(operands..., TestFixture::scratch(), this->stream_);
+    be.synchronize(this->stream_);
+  };
+  expect_wrong_operands_refused(backward, operand{"dg", dg.in()}, operand{"dbeta", dbeta.in()}, operand{"a", a.in()},
+                                operand{"b", b.in()}, operand{"A_log", a_log.in()}, operand{"dt_bias", dt_bias.in()},
+                                operand{"da", da.out()}, operand{"db", db.out()}, operand{"dA_log", d_a_log.out()},
+                                operand{"d_dt_bias", d_dt_bias.out()});
+}
+
 REGISTER_TYPED_TEST_SUITE_P(gate_conformance, ForwardIsTheFormula, BackwardIsTheFormulaAndAddsToParameters,
                             GradientsAreDifferencesInDouble, ExtremeInputsGiveNumbers, ThreadCountChangesNoBit,
-                            ConcurrentCallsChangeNoBit);
+                            ConcurrentCallsChangeNoBit, RefusesWhatDoesNotFit);
 
 }  // namespace gdn_test

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include <conformance/fixture.hpp>
+#include <conformance/refusals.hpp>
 
 namespace gdn_test {
 
@@ -157,8 +158,34 @@ TYPED_TEST_P(linear_conformance, ConcurrentCallsChangeNoBit) {
   TestFixture::expect_same_in_threads([](const auto& be) { return run_linear<TestFixture>(be); });
 }
 
+TYPED_TEST_P(linear_conformance, RefusesWhatDoesNotFit) {
+  using T = typename TestFixture::value_type;
+  using A = typename TestFixture::sum_type;
+  const auto& be = this->backend_;
+  random_source random(1);
+  auto x = this->place(random_tensor<T, 2>(random, {3, 4}, 1)), y = this->place(random_tensor<T, 2>(random, {3, 5}, 2));
+  const auto w = this->place(random_tensor<T, 2>(random, {5, 4}));
+  auto dw = this->place(random_tensor<A, 2>(random, {5, 4}));
+  const auto forward = [&](auto... operands) {
+    be.linear_forward(operands..., TestFixture::scratch(), this->stream_);
+    be.synchronize(this->stream_);
+  };
+  expect_wrong_operands_refused(forward, operand{"x", x.in()}, operand{"w", w.in()}, operand{"y", y.out()});
+  const auto backward_input = [&](auto... operands) {
+    be.linear_backward_input(operands..., false, TestFixture::scratch(), this->stream_);
+    be.synchronize(this->stream_);
+  };
+  expect_wrong_operands_refused(backward_input, operand{"dy", y.in()}, operand{"w", w.in()}, operand{"dx", x.out()});
+  const auto backward_weight = [&](auto... operands) {
+    be.linear_backward_weight(operands..., TestFixture::scratch(), this->stream_);
+    be.synchronize(this->stream_);
+  };
+  expect_wrong_operands_refused(backward_weight, operand{"dy", y.in()}, operand{"x", x.in()}, operand{"dw", dw.out()});
+}
+
 REGISTER_TYPED_TEST_SUITE_P(linear_conformance, ForwardIsXTimesTransposedWeight,
                             BackwardInputIsDyTimesWeightWrittenOrAdded, BackwardWeightAddsTransposedDyTimesX,
-                            OverwritesNaNAndReadsNoOtherRow, ThreadCountChangesNoBit, ConcurrentCallsChangeNoBit);
+                            OverwritesNaNAndReadsNoOtherRow, ThreadCountChangesNoBit, ConcurrentCallsChangeNoBit,
+                            RefusesWhatDoesNotFit);
 
 }  // namespace gdn_test

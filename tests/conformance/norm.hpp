@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include <conformance/fixture.hpp>
+#include <conformance/refusals.hpp>
 
 namespace gdn_test {
 
@@ -221,8 +222,46 @@ TYPED_TEST_P(norm_conformance, ConcurrentCallsChangeNoBit) {
   TestFixture::expect_same_in_threads([](const auto& be) { return run_norms<TestFixture>(be); });
 }
 
+TYPED_TEST_P(norm_conformance, RefusesWhatDoesNotFit) {
+  using T = typename TestFixture::value_type;
+  using A = typename TestFixture::sum_type;
+  const auto& be = this->backend_;
+  random_source random(22);
+  const norm_case<T> c(random, 3, 2, 8);
+  const auto x = this->place(c.x), z = this->place(c.z), dy = this->place(c.dy);
+  const auto w = this->place(c.w);
+  auto y = this->place(c.x), dx = this->place(c.x), dz = this->place(c.x);
+  auto rstd = this->place(host_tensor<A, 2>(c.vectors(), 1));
+  auto dw = this->place(host_tensor<A, 1>({8}));
+  const auto wait = [&] { be.synchronize(this->stream_); };
+  const auto l2 = [&](auto in, auto out, auto scales) {
+    be.l2norm_forward(in, norm_eps, out, scales, this->stream_);
+    wait();
+  };
+  expect_wrong_operands_refused(l2, operand{"x", x.in()}, operand{"y", y.out()}, operand{"rstd", rstd.out()});
+  const auto l2_backward = [&](auto... operands) {
+    be.l2norm_backward(operands..., this->stream_);
+    wait();
+  };
+  expect_wrong_operands_refused(l2_backward, operand{"dy", dy.in()}, operand{"y", y.in()}, operand{"rstd", rstd.in()},
+                                operand{"dx", dx.out()});
+  const auto gated = [&](auto in, auto gates, auto weights, auto out, auto scales) {
+    be.gated_norm_forward(in, gates, weights, norm_eps, out, scales, this->stream_);
+    wait();
+  };
+  expect_wrong_operands_refused(gated, operand{"o", x.in()}, operand{"z", z.in()}, operand{"w", w.in()},
+                                operand{"y", y.out()}, operand{"rstd", rstd.out()});
+  const auto gated_backward = [&](auto... operands) {
+    be.gated_norm_backward(operands..., TestFixture::scratch(), this->stream_);
+    wait();
+  };
+  expect_wrong_operands_refused(gated_backward, operand{"dy", dy.in()}, operand{"o", x.in()}, operand{"z", z.in()},
+                                operand{"w", w.in()}, operand{"rstd", rstd.in()}, operand{"d_o", dx.out()},
+                                operand{"dz", dz.out()}, operand{"dw", dw.out()});
+}
+
 REGISTER_TYPED_TEST_SUITE_P(norm_conformance, L2NormIsTheFormula, GatedNormIsTheFormula,
                             GradientsAreDifferencesInDouble, ZeroRowsGiveZerosAndFiniteGradients,
-                            ThreadCountChangesNoBit, ConcurrentCallsChangeNoBit);
+                            ThreadCountChangesNoBit, ConcurrentCallsChangeNoBit, RefusesWhatDoesNotFit);
 
 }  // namespace gdn_test

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include <conformance/fixture.hpp>
+#include <conformance/refusals.hpp>
 
 namespace gdn_test {
 
@@ -169,9 +170,39 @@ TYPED_TEST_P(rows_conformance, ConcurrentCallsChangeNoBit) {
   TestFixture::expect_same_in_threads([](const auto& be) { return run_rows<TestFixture>(be); });
 }
 
+/// Whether runs lie inside the rows is for backends to see that can read the table.
+TYPED_TEST_P(rows_conformance, RefusesWhatDoesNotFit) {
+  using T = typename TestFixture::value_type;
+  const auto& be = this->backend_;
+  random_source random(2);
+  const auto src = this->place(random_tensor<T, 2>(random, {4, 3}, 1));
+  auto dst = this->place(random_tensor<T, 2>(random, {4, 3}, 2));
+  const auto table = this->place_table(std::vector<gdn::run>{{0, 0, 1, 0}, {0, 2, 2, 1}});
+  const auto checked = [&](auto call, auto... operands) {
+    const auto wait = [&](auto... tensors) {
+      call(tensors...);
+      be.synchronize(this->stream_);
+    };
+    expect_wrong_operands_refused(wait, operands...);
+  };
+  checked([&](auto from, auto to) { be.copy_rows(from, to, this->stream_); }, operand{"src", src.in()},
+          operand{"dst", dst.out()});
+  const operand from{"src", src.in(), 2U};
+  const operand to{"dst", dst.out(), 2U};
+  const operand runs{"runs", table.in(), 0U};
+  checked([&](auto a, auto r, auto b) { be.gather_rows(a, r, b, this->stream_); }, from, runs, to);
+  checked([&](auto a, auto r, auto b) { be.scatter_rows(a, r, b, this->stream_); }, from, runs, to);
+  checked([&](auto a, auto r, auto b) { be.scatter_add_rows(a, r, b, this->stream_); }, from, runs, to);
+  checked([&](auto t) { be.fill_zero(t, this->stream_); }, operand{"t", dst.out(), 0U});
+  const auto matrices = this->place(random_tensor<T, 3>(random, {2, 3, 4}, 1));
+  auto swapped = this->place(random_tensor<T, 3>(random, {2, 4, 3}));
+  checked([&](auto a, auto b) { be.swap_axes(a, b, this->stream_); }, operand{"src", matrices.in()},
+          operand{"dst", swapped.out()});
+}
+
 REGISTER_TYPED_TEST_SUITE_P(rows_conformance, CopyRowsCopiesEveryElementAndNothingElse,
                             GatherAndScatterMoveTheRowsOfRuns, ScatterAddAddsInTheOrderOfRuns,
                             FillZeroCoversNaNAndStaysInside, SwapAxesTransposesEachMatrix, ThreadCountChangesNoBit,
-                            ConcurrentCallsChangeNoBit);
+                            ConcurrentCallsChangeNoBit, RefusesWhatDoesNotFit);
 
 }  // namespace gdn_test

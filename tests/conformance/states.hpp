@@ -15,6 +15,7 @@
 #include <gdn/core/storage.hpp>
 
 #include <conformance/fixture.hpp>
+#include <conformance/refusals.hpp>
 
 namespace gdn_test {
 
@@ -248,6 +249,58 @@ TYPED_TEST_P(states_conformance, StepOnAPoolIsTheRecurrence) {
   });
 }
 
-REGISTER_TYPED_TEST_SUITE_P(states_conformance, LoadAndStoreMoveSlotsOfAnyStrides, StepOnAPoolIsTheRecurrence);
+/// Slots that are outside the pool, or twice in a table, are for backends to see that can read it.
+TYPED_TEST_P(states_conformance, RefusesWhatDoesNotFit) {
+  using T = typename TestFixture::value_type;
+  using A = typename TestFixture::sum_type;
+  const auto& be = this->backend_;
+  random_source random(3);
+  const index_t Hk = 2, Hv = 4, K = TestFixture::head_size(4), V = TestFixture::head_size(3);
+  placed_pool<TypeParam, A> pool(strided_states<A>(random, 5, Hv, K, V, false));
+  const auto slots = this->place_table(std::vector<std::int32_t>{3, -1, 0});
+  auto states = this->place(random_tensor<A, 4>(random, {3, Hv, K, V}));
+  auto no_rows = pool.out();  // neither rows nor columns are arrays
+  no_rows.stride_[2] = no_rows.stride_[3] = 0;
+
+  const auto load = [&](auto... operands) {
+    be.load_states(operands..., this->stream_);
+    be.synchronize(this->stream_);
+  };
+  expect_wrong_operands_refused(load, operand{"the pool", pool.in(), 14U, false}, operand{"slots", slots.in()},
+                                operand{"the states", states.out()});
+  EXPECT_THROW(load(no_rows, slots.in(), states.out()), gdn::shape_error);
+  const auto store = [&](auto... operands) {
+    be.store_states(operands..., this->stream_);
+    be.synchronize(this->stream_);
+  };
+  expect_wrong_operands_refused(store, operand{"the states", states.in(), 15U, true, false},
+                                operand{"slots", slots.in()}, operand{"the pool", pool.out(), 14U, false});
+  EXPECT_THROW(store(states.in(), slots.in(), no_rows), gdn::shape_error);
+
+  const auto q = this->place(random_tensor<T, 3>(random, {3, Hk, K})),
+             k = this->place(random_tensor<T, 3>(random, {3, Hk, K}));
+  const auto v = this->place(random_tensor<T, 3>(random, {3, Hv, V}));
+  const auto g = this->place(host_tensor<A, 2>({3, Hv}));
+  const auto beta = this->place(host_tensor<T, 2>({3, Hv}));
+  auto o = this->place(host_tensor<T, 3>({3, Hv, V}));
+  const auto step = [&](auto in_q, auto in_k, auto in_v, auto in_g, auto in_beta, auto in_states, auto in_slots,
+                        auto out) {
+    const gdn::delta_rule_inputs<T, typename TypeParam::backend_type::memory_type> in{in_q, in_k, in_v, in_g, in_beta};
+    be.delta_rule_step(A(1), in, in_states, in_slots, out, this->stream_);
+    be.synchronize(this->stream_);
+  };
+  expect_wrong_operands_refused(step, operand{"q", q.in()}, operand{"k", k.in()}, operand{"v", v.in()},
+                                operand{"g", g.in(), 3U, false}, operand{"beta", beta.in(), 3U, false},
+                                operand{"states", pool.out(), 2U, false}, operand{"slots", slots.in()},
+                                operand{"o", o.out()});
+  EXPECT_THROW(step(q.in(), k.in(), v.in(), g.in(), beta.in(), no_rows, slots.in(), o.out()), gdn::shape_error);
+  const auto three = [](const auto& t) { return gdn::slice(t, 1, 0, 3); };  // value heads; no multiple of two
+  EXPECT_THROW(step(q.in(), k.in(), three(v.in()), three(g.in()), three(beta.in()), three(pool.out()), slots.in(),
+                    three(o.out())),
+               gdn::shape_error);
+}
+
+REGISTER_TYPED_TEST_SUITE_P(states_conformance, LoadAndStoreMoveSlotsOfAnyStrides, StepOnAPoolIsTheRecurrence,
+                            RefusesWhatDoesNotFit);
 
 }  // namespace gdn_test

@@ -71,7 +71,8 @@ TYPED_TEST(delta_rule_mma, MatchesIeeeFloatForwardAndBackward) {
   for (const rule_shape& sizes :
        {rule_shape{1, 1, {64}}, rule_shape{2, 4, {300, 129, 64, 1}}, rule_shape{2, 6, {65, 63, 15, 127, 200}},
         rule_shape{4, 4, {1000}}, rule_shape{2, 4, {300, 129, 64, 1}, 256, 256},
-        rule_shape{2, 6, {65, 63, 15, 127, 200}, 192, 64}, rule_shape{1, 4, {1000}, 144, 128}}) {
+        rule_shape{2, 6, {65, 63, 15, 127, 200}, 192, 64}, rule_shape{1, 4, {1000}, 144, 128},
+        rule_shape{1, 1, std::vector<index_t>(66000, 1), 16, 16}}) {  // more documents than CUDA's grids are wide
     SCOPED_TRACE(testing::Message() << sizes.key_heads << '/' << sizes.value_heads << " heads, K " << sizes.K << ", V "
                                     << sizes.V);
     const rule_problem_on_device<T> fast(this->be, sizes, this->s);
@@ -209,15 +210,16 @@ TYPED_TEST(delta_rule_mma, CuttingSegmentsLosesNothing) {
   }
 }
 
-TYPED_TEST(delta_rule_mma, RunsOfCutSegmentsGiveTheSameBits) {
-  using T = TypeParam;
+/// The same bits from two runs, of widths of keys that are compiled.
+template <class T>
+void expect_same_bits(const gdn::cuda::backend& be, gdn::cuda::stream_ref s, const std::vector<index_t>& lengths) {
   for (const index_t K : {64, 128, 256}) {
     for (const bool chained : {false, true}) {
-      const chained_run<T> run(this->be, this->s, K, {1100, 1030}, 1100, chained);
+      const chained_run<T> run(be, s, K, lengths, lengths[0], chained);
       const auto bits = [&] {
         std::vector<float> all;
         const auto add = [&](const auto& t) {
-          for (const auto x : gdn::cuda::copy_to_host(t, this->s)) all.push_back(static_cast<float>(x));
+          for (const auto x : gdn::cuda::copy_to_host(t, s)) all.push_back(static_cast<float>(x));
         };
         run.forward();
         add(run.p.o_), add(run.p.ht_), add(run.summaries);
@@ -230,6 +232,11 @@ TYPED_TEST(delta_rule_mma, RunsOfCutSegmentsGiveTheSameBits) {
       EXPECT_TRUE(first == bits()) << "K " << K << (chained ? ", chained" : "");
     }
   }
+}
+
+TYPED_TEST(delta_rule_mma, RunsGiveTheSameBits) { expect_same_bits<TypeParam>(this->be, this->s, {130, 65}); }
+TYPED_TEST(delta_rule_mma, RunsOfCutSegmentsGiveTheSameBits) {
+  expect_same_bits<TypeParam>(this->be, this->s, {1100, 1030});
 }
 
 }  // namespace

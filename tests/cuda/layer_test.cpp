@@ -116,91 +116,141 @@ TYPED_TEST(cuda_layer, RandomPlansAreTheReference) {
   }
 }
 
-/// Documents around the length of a chunk, over 1 to 8 ranks, every layout, strategy and share.
+/// The layouts that callers use.
+enum class layout_kind { contiguous, zigzag, interleaved, zigzag_documents, ranges, positions };
+constexpr layout_kind layout_kinds[] = {layout_kind::contiguous,       layout_kind::zigzag, layout_kind::interleaved,
+                                        layout_kind::zigzag_documents, layout_kind::ranges, layout_kind::positions};
+
+/// Documents of these lengths in one row. Where a layout deals out equal chunks, lengths grow to what 2 P divides.
+gdn::packing documents_for(layout_kind kind, std::vector<index_t> lengths, int world) {
+  const auto missing = [&](index_t n) { return (2 * world - n % (2 * world)) % (2 * world); };
+  if (kind == layout_kind::zigzag_documents) {
+    for (index_t& n : lengths) n += missing(n);
+  }
+  if (kind == layout_kind::zigzag) lengths.back() += missing(cumulative(lengths).back());
+  const auto cu = cumulative(lengths);
+  return gdn::packing::from_cu_seqlens(cu, {}, 1, cu.back());
+}
+
+gdn::explicit_layout layout_of(random_source& random, layout_kind kind, const gdn::packing& pack, int world) {
+  const index_t rows = pack.row_length;
+  switch (kind) {
+    case layout_kind::contiguous: return explicit_of(gdn::contiguous_layout{rows, world});
+    case layout_kind::zigzag: return explicit_of(gdn::zigzag_layout{rows, world});
+    case layout_kind::interleaved: return explicit_of(gdn::interleaved_layout{rows, world});
+    case layout_kind::zigzag_documents: return gdn::per_document_zigzag(pack.document_rows(), rows, world);
+    case layout_kind::ranges: return random_ranges(random, rows, world);
+    default: return random_positions(random, rows, world);
+  }
+}
+
+/// Strategy, share, states and what is kept are drawn, each for itself.
+layer_spread drawn_spread(random_source& random, layout_kind kind, const layer_batch& batch, int world) {
+  layer_spread s = random_options(random, spread_over(layout_of(random, kind, batch.pack, world), batch));
+  s.chunk = 64;
+  return s;
+}
+
+int any_world(random_source& random, int most = 8) { return static_cast<int>(random.between(1, most)); }
+
+/// Documents around the length of a chunk: every layout over every number of ranks from 1 to 8, all else drawn.
 TYPED_TEST(cuda_layer, DocumentsAroundAChunkAreTheReference) {
-  const std::vector<index_t> cu = {0, 1, 16, 79, 143, 208, 335, 336, 464, 640};
-  const index_t tokens = cu.back();
   std::uint64_t n = 0;
-  for (const int world : {1, 2, 4, 8}) {
-    for (const int layout : {0, 1, 2, 3}) {
+  for (const layout_kind kind : layout_kinds) {
+    for (int world = 1; world <= 8; ++world) {
       random_source random(n++);
-      const auto batch = random_batch(random, dims_of(32, 1, 1 + layout % 4, 32, 48),
-                                      gdn::packing::from_cu_seqlens(cu, {}, 1, tokens));
-      const gdn::plan_options options{.strategy = strategies[n % 2],
-                                      .share = shares[n % 3],
-                                      .initial_state = n % 3 != 0,
-                                      .final_state = n % 4 != 0};
-      switch (layout) {
-        case 0: this->check(batch, spread_over(gdn::contiguous_layout{tokens, world}, batch, options)); break;
-        case 1: this->check(batch, spread_over(gdn::zigzag_layout{tokens, world}, batch, options)); break;
-        case 2: this->check(batch, spread_over(gdn::interleaved_layout{tokens, world}, batch, options)); break;
-        default: this->check(batch, spread_over(random_ranges(random, tokens, world), batch, options));
-      }
+      std::vector<index_t> lengths = {0, 1, 15, 63, 64, 65, 127, 128, 129};
+      std::shuffle(lengths.begin(), lengths.end(), random.engine());
+      const auto dims = dims_of(32, random.between(1, 2), random.between(1, 4), 32, 48);
+      const auto batch = random_batch(random, dims, documents_for(kind, lengths, world));
+      this->check(batch, drawn_spread(random, kind, batch, world));
     }
   }
 }
 
-/// K and V that fill no tile, and the largest.
+/// Walks of 16 chunks and more are cut in pieces where there are few of them: whole documents on one rank, and a chain
+/// over two whose summaries are joined from pieces. Backward reads what the tape kept, or makes it again.
+TYPED_TEST(cuda_layer, DocumentsOfManyChunksAreTheReference) {
+  std::uint64_t n = 0;
+  for (const auto keep : {gdn::keep_policy::everything, gdn::keep_policy::recompute, gdn::keep_policy::nothing}) {
+    for (const int world : {1, 2}) {
+      random_source random(n++);
+      const auto kind = random.coin() ? layout_kind::contiguous : layout_kind::zigzag;
+      const index_t size = 64 * random.between(1, 2);  // K = V
+      const auto batch = random_batch(random, dims_of(32, 1, random.between(1, 2), size, size),
+                                      documents_for(kind, {2200, 65}, world));
+      layer_spread spread = drawn_spread(random, kind, batch, world);
+      spread.options.strategy = gdn::strategy::reshard;  // a rank's rows are one long run, from either layout
+      spread.keep = keep;
+      this->check(batch, spread);
+    }
+  }
+}
+
+/// K and V that fill no tile, and the largest; value heads that share a key head, up to eight.
 TYPED_TEST(cuda_layer, HeadsOfAnySizeUpTo256AreTheReference) {
-  const std::pair<index_t, index_t> sizes[] = {{48, 80},  {96, 96},  {128, 128}, {112, 240},
-                                               {256, 64}, {64, 256}, {256, 256}};
+  struct head_sizes {
+    index_t K, V, ratio;
+  };
+  const head_sizes sizes[] = {{48, 80, 1}, {96, 96, 2},   {128, 128, 3}, {112, 240, 1}, {256, 64, 2},
+                              {64, 256, 3}, {256, 256, 1}, {64, 64, 8},   {128, 128, 5}};
   std::uint64_t n = 0;
-  for (const auto& [K, V] : sizes) {
-    random_source random(n);
-    const auto batch = random_batch(random, dims_of(64, 1, 1 + static_cast<index_t>(n % 3), K, V),
-                                    gdn::packing::rows_of(1, 150));
-    const gdn::plan_options options{.strategy = strategies[n % 2], .initial_state = true, .final_state = true};
-    this->check(batch, spread_over(gdn::zigzag_layout{150, n % 2 == 0 ? 1 : 3}, batch, options));
-    ++n;
+  for (const auto& [K, V, ratio] : sizes) {
+    random_source random(n++);
+    const auto kind = layout_kinds[random.between(0, 5)];
+    const int world = any_world(random, 3);
+    const auto batch = random_batch(random, dims_of(64, 1, ratio, K, V), documents_for(kind, {150}, world));
+    this->check(batch, drawn_spread(random, kind, batch, world));
   }
 }
 
-/// g = 0 or -20, beta exactly 0 or 1, keys that nearly agree.
+/// g = 0 or -20, beta exactly 0 or 1, keys that nearly agree: each of the eight in two layouts and worlds that are drawn.
 TYPED_TEST(cuda_layer, ExtremeGatesAndKeysAreTheReference) {
-  std::uint64_t n = 0;
-  for (const double decay : {0.0, 20.0}) {
-    for (const bool saturated : {false, true}) {
-      for (const bool correlated : {false, true}) {
-        random_source random(n++);
-        auto batch = random_batch(random, dims_of(48, 2, 2, 64, 64), gdn::packing::rows_of(1, 192));
-        if (decay == 0) {
-          for (double& v : batch.parameters[A_log]) v = -100;  // g = -e^-100 softplus
-        } else {
-          for (double& v : batch.parameters[A_log]) v = 0;
-          for (double& v : batch.parameters[dt_bias]) v = decay;
-          for (double& v : batch.parameters[in_proj_a]) v *= 0.01;
-        }
-        if (saturated) {
-          for (double& v : batch.parameters[in_proj_b]) v *= 4096;
-        }
-        if (correlated) {  // rows of x that nearly agree
-          for (std::size_t i = 48; i < batch.x.size(); ++i) batch.x[i] = 0.9 * batch.x[i % 48] + 0.1 * batch.x[i];
-        }
-        SCOPED_TRACE(testing::Message() << "g " << -decay << ", beta saturated " << saturated << ", keys correlated "
-                                        << correlated);
-        const gdn::plan_options options{.strategy = strategies[n % 2], .initial_state = true, .final_state = true};
-        this->check(batch, spread_over(gdn::zigzag_layout{192, 2}, batch, options), [&](layer_result& r) {
-          // e^-100, by which the gate's gradients are multiplied, is no number of a float.
-          if (decay == 0) {
-            for (const auto p : {in_proj_a, A_log, dt_bias}) r.gradients[p].clear();
-          }
-          // Nor is e^-20 one of f16, in which da is stored.
-          if (decay > 0 && std::is_same_v<TypeParam, gdn::float16>) r.gradients[in_proj_a].clear();
-        });
-      }
+  for (std::uint64_t n = 0; n < 16; ++n) {
+    const double decay = n % 2 == 0 ? 0 : 20;
+    const bool saturated = n / 2 % 2 == 1, correlated = n / 4 % 2 == 1;
+    random_source random(n);
+    const auto kind = layout_kinds[random.between(0, 5)];
+    const int world = any_world(random);
+    auto batch = random_batch(random, dims_of(48, 2, 2, 64, 64), documents_for(kind, {127, 65}, world));
+    if (decay == 0) {
+      for (double& v : batch.parameters[A_log]) v = -100;  // g = -e^-100 softplus
+    } else {
+      for (double& v : batch.parameters[A_log]) v = 0;
+      for (double& v : batch.parameters[dt_bias]) v = decay;
+      for (double& v : batch.parameters[in_proj_a]) v *= 0.01;
     }
+    if (saturated) {
+      for (double& v : batch.parameters[in_proj_b]) v *= 4096;
+    }
+    if (correlated) {  // rows of x that nearly agree
+      for (std::size_t i = 48; i < batch.x.size(); ++i) batch.x[i] = 0.9 * batch.x[i % 48] + 0.1 * batch.x[i];
+    }
+    SCOPED_TRACE(testing::Message() << "g " << -decay << ", beta saturated " << saturated << ", keys correlated "
+                                    << correlated);
+    this->check(batch, drawn_spread(random, kind, batch, world), [&](layer_result& r) {
+      // e^-100, by which the gate's gradients are multiplied, is no number of a float.
+      if (decay == 0) {
+        for (const auto p : {in_proj_a, A_log, dt_bias}) r.gradients[p].clear();
+      }
+      // 1 - beta of a float has few digits where beta is almost 1, and none where all tokens agree that it is.
+      if (saturated && (correlated || std::is_same_v<TypeParam, float>)) r.gradients[in_proj_b].clear();
+      // Nor is e^-20 one of f16, in which da is stored.
+      if (decay > 0 && std::is_same_v<TypeParam, gdn::float16>) r.gradients[in_proj_a].clear();
+    });
   }
 }
 
+/// In every layout; the first holds a document that is cut in pieces.
 TYPED_TEST(cuda_layer, RunsGiveTheSameBits) {
-  const std::vector<index_t> cu_seqlens = {0, 100, 380};
-  for (std::uint64_t n = 0; n < 4; ++n) {
+  for (std::uint64_t n = 0; n < 6; ++n) {
     random_source random(n);
-    const auto batch = rounded<TypeParam>(random_batch(
-        random, dims_of(64, 2, 3, 64, 128), gdn::packing::from_cu_seqlens(cu_seqlens, {}, 1, cu_seqlens.back())));
-    const gdn::plan_options options{
-        .strategy = strategies[n % 2], .share = shares[n % 3], .initial_state = true, .final_state = true};
-    const auto spread = spread_over(gdn::zigzag_layout{380, 2}, batch, options);
+    const auto kind = layout_kinds[n];
+    const int world = n == 0 ? 1 : any_world(random, 4);
+    const auto batch = rounded<TypeParam>(
+        random_batch(random, dims_of(64, 2, 3, 64, 128), documents_for(kind, {100, n == 0 ? 1100 : 280}, world)));
+    layer_spread spread = drawn_spread(random, kind, batch, world);
+    SCOPED_TRACE(testing::Message() << describe(batch) << "\n  " << describe(spread));
     const auto first = run_layer_on_device<TypeParam>(batch, spread);
     for (int again = 0; again < 3; ++again) {
       EXPECT_TRUE(same_bits(run_layer_on_device<TypeParam>(batch, spread), first));

@@ -37,20 +37,30 @@ TEST(StreamGuard, NoticesOtherStreamsAllocationsAndWaiting) {
   gdn::cuda::check(cudaFree(p), "cudaFree");
 }
 
-TYPED_TEST(cuda_stream, StepEnqueuesOnItsStreamAllocatesAndWaitsForNothing) {
-  layer_step<TypeParam> step(1);
+template <class T>
+void keeps_to_its_stream(const step_shape& shape) {
+  layer_step<T> step(1, shape);
   step.run();  // modules are loaded, algorithms of cuBLASLt known
   const stream_guard guard(step.stream().get());
   step(step.stream());
   EXPECT_THAT(guard.violations(), testing::IsEmpty());
   EXPECT_GT(guard.enqueued(), 20);
 }
+TYPED_TEST(cuda_stream, StepEnqueuesOnItsStreamAllocatesAndWaitsForNothing) {
+  keeps_to_its_stream<TypeParam>(step_alone());
+  keeps_to_its_stream<TypeParam>(step_amid_others());
+}
+TYPED_TEST(cuda_stream, LongStepEnqueuesOnItsStreamAllocatesAndWaitsForNothing) {
+  keeps_to_its_stream<TypeParam>(long_step_alone());
+  keeps_to_its_stream<TypeParam>(long_step_amid_others());
+}
 
 /// Capturing in global mode fails where anything is allocated, waits or goes to the default stream; what went to
 /// another stream, by cuBLASLt too, is missing when the graph runs: its outputs stay NaN.
-TYPED_TEST(cuda_stream, CapturedStepRepeatsWithNewData) {
-  layer_step<TypeParam> direct(2), captured(2);
-  EXPECT_EQ(captured.run(), direct.run());
+template <class T>
+void repeats_with_new_data(const step_shape& shape) {
+  layer_step<T> direct(2, shape), captured(2, shape);
+  EXPECT_TRUE(captured.run() == direct.run());
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t ready = nullptr;
   const cudaStream_t s = captured.stream().get();
@@ -63,10 +73,16 @@ TYPED_TEST(cuda_stream, CapturedStepRepeatsWithNewData) {
     captured.new_data();
     captured.poison();
     gdn::cuda::check(cudaGraphLaunch(ready, s), "cudaGraphLaunch");
-    EXPECT_EQ(captured.results(), direct.run()) << "data " << data;
+    EXPECT_TRUE(captured.results() == direct.run()) << "data " << data;
   }
   gdn::cuda::check(cudaGraphExecDestroy(ready), "cudaGraphExecDestroy");
   gdn::cuda::check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+}
+TYPED_TEST(cuda_stream, CapturedStepRepeatsWithNewData) {
+  for (const step_shape& shape : {step_alone(), long_step_alone()}) repeats_with_new_data<TypeParam>(shape);
+}
+TYPED_TEST(cuda_stream, CapturedStepAmidOthersRepeatsWithNewData) {
+  for (const step_shape& shape : {step_amid_others(), long_step_amid_others()}) repeats_with_new_data<TypeParam>(shape);
 }
 
 TYPED_TEST(cuda_stream, TwoStreamsAtOnceChangeNoBit) {

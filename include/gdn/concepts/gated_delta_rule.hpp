@@ -23,7 +23,7 @@ struct delta_rule_problem {
   index_t value_dim = 0;    ///< V
   index_t chunk = 64;       ///< C
   index_t chunks = 0;       ///< chunks of all segments
-  index_t longest = 0;      ///< tokens of the longest segment
+  index_t longest = 0;      ///< tokens of the longest segment; with fewer, some may be left out
   accumulate_t<T> scale{1};                        ///< of q, usually K^(-1/2)
   tensor_ref<const rule_segment, 1, Memory> segments;  ///< [N]
   bool chained = false;  ///< summaries of segments will be asked for, so it pays to make them of use for all calls

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include <gdn/concepts/backend.hpp>
+#include <gdn/concepts/operands.hpp>
 #include <gdn/concepts/state_pool.hpp>
 #include <gdn/core/storage.hpp>
 #include <gdn/cuda/conv1d.cuh>
@@ -55,7 +56,7 @@ class backend {
   template <class T>
   void upload(std::span<const std::type_identity_t<T>> host, tensor_ref<T, 1, device_memory> table,
               stream_ref s) const {
-    expects_shape(table, "the table", {static_cast<index_t>(host.size())});
+    expects_rows(table, "the table", {static_cast<index_t>(host.size())});
     if (host.empty()) return;
     check(cudaMemcpyAsync(table.data(), host.data(), host.size_bytes(), cudaMemcpyHostToDevice, s.get()),
           "cudaMemcpyAsync");

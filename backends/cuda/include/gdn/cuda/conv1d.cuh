@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include <gdn/concepts/backend.hpp>
+#include <gdn/concepts/operands.hpp>
 #include <gdn/cuda/conv1d_backward.cuh>
 #include <gdn/cuda/detail/activation.cuh>
 #include <gdn/cuda/detail/conv_walk.cuh>
@@ -90,9 +91,12 @@ __global__ void conv_forward_any_kernel(token_tiles tiles, conv_input<T, 1> in,
   });
 }
 
+/// Segments must tile the rows of x, and the halo rows that they name must exist: they lie on the device, where nobody
+/// looks at them before the kernel does.
 template <class T, class Y>
 void causal_conv1d_forward(tensor_ref<const conv_segment, 1, device_memory> segments, in_ref<T, 2> x, in_ref<T, 2> halo,
                            in_ref<T, 2> w, activation act, out_ref<Y, 2> y, stream_ref s) {
+  expects_causal_conv1d_forward(segments, x, halo, w, y);
   const index_t channels = y.extent(1);
   if (y.size() == 0) return;
   const token_tiles tiles{segments.data(), segments.extent(0), y.extent(0), conv_forward_tile(y.extent(0))};

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include <gdn/concepts/backend.hpp>
+#include <gdn/concepts/operands.hpp>
 #include <gdn/core/workspace.hpp>
 #include <gdn/cuda/detail/activation.cuh>
 #include <gdn/cuda/detail/conv_walk.cuh>
@@ -186,11 +187,13 @@ inline memory_requirement conv_scratch(index_t tokens, index_t channels, index_t
   return {static_cast<std::size_t>(conv_sums_at_most(tokens) * channels * width) * sizeof(float)};
 }
 
+/// Of the segments it wants what causal_conv1d_forward() does.
 template <class T>
 void causal_conv1d_backward(tensor_ref<const conv_segment, 1, device_memory> segments, in_ref<T, 2> x,
                             in_ref<T, 2> halo, in_ref<T, 2> w, activation act, in_ref<T, 2> dy, out_ref<T, 2> dx,
                             out_ref<T, 2> d_halo, tensor_ref<float, 2, device_memory> dw, workspace<device_memory>& ws,
                             stream_ref s) {
+  expects_causal_conv1d_backward(segments, x, halo, w, dy, dx, d_halo, dw);
   const index_t tokens = dx.extent(0);
   const index_t channels = dx.extent(1);
   const index_t width = w.extent(1);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include <gdn/concepts/backend.hpp>
+#include <gdn/concepts/operands.hpp>
 #include <gdn/cuda/detail/activation.cuh>
 #include <gdn/cuda/detail/vector.cuh>
 #include <gdn/cuda/rows.cuh>
@@ -47,9 +48,12 @@ __global__ void conv_step_kernel(tensor_ref<const T, 2, device_memory> x, tensor
   y(row, channel) = static_cast<Y>(apply<T>(act, p));
 }
 
+/// @param slots [n] all different, each inside the pool, or -1 for a row without a sequence. They lie on the device and
+///              are not looked at here: a slot outside is memory of others, and one that stands twice is a race.
 template <class T, class Y>
 void causal_conv1d_step(in_ref<T, 2> x, out_ref<T, 3> states, tensor_ref<const std::int32_t, 1, device_memory> slots,
                         in_ref<T, 2> w, activation act, out_ref<Y, 2> y, stream_ref s) {
+  expects_causal_conv1d_step(x, states, slots, w, y);
   const bool dense = states.extent(2) == 4 && moves_in_packs(states, 4) && moves_in_packs(w, 4);
   launch("causal_conv1d_step", dense ? conv_step_kernel<T, Y, true> : conv_step_kernel<T, Y, false>,
          grid_of(x.extent(0), divide_up(x.extent(1), 128)), 128, 0, s, x, states, slots.data(), w, act, y);

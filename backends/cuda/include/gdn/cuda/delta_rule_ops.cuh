@@ -7,6 +7,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include <gdn/concepts/operands.hpp>
 #include <gdn/core/workspace.hpp>
 #include <gdn/cuda/delta_rule.cuh>
 #include <gdn/cuda/delta_rule_step.cuh>
@@ -37,16 +38,10 @@ inline constexpr index_t most_shared = 227 * 1024;  ///< of those on any device
 
 template <class T>
 void check_problem(problem_ref<T> p, rule_inputs_ref<T> in) {
-  expects<shape_error>(p.key_heads >= 1 && p.value_heads % p.key_heads == 0, "value heads", p.value_heads,
-                       "must be a multiple of key heads", p.key_heads);
   expects<backend_error>(1 <= p.chunk && p.chunk <= max_chunk, "the chunk length must lie in 1 to", max_chunk, ", is",
                          p.chunk);
   expects_head_sizes(p.key_dim, p.value_dim);
-  expects_shape(in.q, "q", {p.tokens, p.key_heads, p.key_dim});
-  expects_shape(in.k, "k", {p.tokens, p.key_heads, p.key_dim});
-  expects_shape(in.v, "v", {p.tokens, p.value_heads, p.value_dim});
-  expects_shape(in.g, "g", {p.tokens, p.value_heads});
-  expects_shape(in.beta, "beta", {p.tokens, p.value_heads});
+  expects_rule_inputs(in, p.tokens, p.key_heads, p.value_heads, p.key_dim, p.value_dim);
 }
 
 /// Blocks that run at once, and their scratch.
@@ -95,23 +90,21 @@ bool fits_mma(device_limits device, problem_ref<T> p) {
   return sizeof(T) == 2 && device.shared >= need && p.chunk == mma_chunk && p.key_dim % 16 == 0 &&
          p.value_dim % 16 == 0;
 }
-/// Those kernels copy rows in pieces of 16 bytes.
+/// Those kernels move rows in pieces of 16 bytes.
 template <class T>
 void check_pieces(std::string_view name, const tensor_ref<T, 3, device_memory>& t) {
   constexpr index_t piece = 16 / sizeof(T);
   expects<backend_error>(
-      reinterpret_cast<std::uintptr_t>(t.data()) % 16 == 0 && t.stride(0) % piece == 0 && t.stride(1) % piece == 0,
-      "rows of", name, "must start at multiples of 16 bytes; the strides are", t.stride(0), "and", t.stride(1),
-      "elements");
+      reinterpret_cast<std::uintptr_t>(t.data()) % 16 == 0 && t.stride(0) % piece == 0 && t.stride(1) % piece == 0 &&
+          t.stride(2) == 1,
+      "rows of", name, "must start at multiples of 16 bytes, with no gaps in them; the strides are", t.stride(0),
+      t.stride(1), "and", t.stride(2), "elements");
 }
 template <class T>
 void check_pieces(rule_inputs_ref<T> in) {
   check_pieces("q", in.q);
   check_pieces("k", in.k);
   check_pieces("v", in.v);
-}
-inline index_t mma_blocks(index_t columns) {
-  return divide_up(columns, mma_values);
 }
 
 /// The most that any call takes: backward keeps the states before all chunks, their gradients, and those between
@@ -201,7 +194,7 @@ void run_scan_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_chunks<T>
                   const scan_targets<T>& to, T* states, stream_ref s) {
   with_key_width(p.key_dim, [&](auto key) {
     launch("delta_rule_scan", scan_mma_kernel<T, key(), Mode>,
-           grid_of(mma_blocks(p.value_dim), p.value_heads, p.segments.extent(0) * pieces.count), scan_mma_threads,
+           flat_grid(mma_blocks(p.value_dim), p.value_heads, p.segments.extent(0) * pieces.count), scan_mma_threads,
            scan_shared<key(), Mode == scan::output>::bytes, s, p, in, gated, pieces, to, states);
   });
 }
@@ -214,7 +207,7 @@ void run_reverse_scan_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_c
   const index_t units = Summary && !pieces.cut() ? to.table.extent(0) : p.segments.extent(0) * pieces.count;
   with_key_width(p.key_dim, [&](auto key) {
     launch("delta_rule_reverse_scan", reverse_scan_mma_kernel<T, key(), Summary>,
-           grid_of(mma_blocks(p.value_dim), p.value_heads, units), scan_mma_threads, scan_shared<key(), true>::bytes, s,
+           flat_grid(mma_blocks(p.value_dim), p.value_heads, units), scan_mma_threads, scan_shared<key(), true>::bytes, s,
            p, in, gated, pieces, to, d_v, d_states, chained);
   });
 }
@@ -226,7 +219,7 @@ void run_summary_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_chunks
   const index_t units = pieces.cut() ? p.segments.extent(0) * pieces.count : to.table.extent(0);
   with_key_width(p.key_dim, [&](auto key) {
     launch("delta_rule_summary", summary_mma_kernel<T, key()>,
-           grid_of(mma_blocks(p.value_dim) + mma_blocks(p.key_dim), p.value_heads, units), scan_mma_threads,
+           flat_grid(mma_blocks(p.value_dim) + mma_blocks(p.key_dim), p.value_heads, units), scan_mma_threads,
            scan_shared<key(), false>::bytes, s, p, in, gated, pieces, to, chained);
   });
 }
@@ -235,7 +228,7 @@ template <class T, bool Back>
 void run_fold_pieces(problem_ref<T> p, const segment_pieces& pieces, const_states_ref<T, device_memory> given,
                      bool apply_given, stream_ref s) {
   launch("fold_pieces", p.key_dim <= 128 ? fold_pieces_kernel<T, Back, 128> : fold_pieces_kernel<T, Back, 256>,
-         grid_of(algebra_blocks(p.value_dim), p.value_heads, p.segments.extent(0)), algebra_threads, 0, s, p, pieces,
+         flat_grid(algebra_blocks(p.value_dim), p.value_heads, p.segments.extent(0)), algebra_threads, 0, s, p, pieces,
          given, apply_given);
 }
 template <class T, bool Back>
@@ -243,7 +236,7 @@ void run_join_pieces(problem_ref<T> p, const segment_pieces& pieces, const_state
                      tensor_ref<const published_summary, 1, device_memory> table, float* summaries, stream_ref s) {
   const index_t columns = algebra_blocks(p.value_dim) + (Back ? 0 : algebra_blocks(p.key_dim));  // M^T is copied
   launch("join_pieces", p.key_dim <= 128 ? join_pieces_kernel<T, Back, 128> : join_pieces_kernel<T, Back, 256>,
-         grid_of(columns, p.value_heads, table.extent(0)), algebra_threads, 0, s, p, pieces, given, table, summaries);
+         flat_grid(columns, p.value_heads, table.extent(0)), algebra_threads, 0, s, p, pieces, given, table, summaries);
 }
 
 template <class T, scan Mode>
@@ -346,6 +339,8 @@ void delta_rule_backward(device_limits device, problem_ref<T> p, rule_inputs_ref
   const scoped_mark scope(ws);
   if constexpr (sizeof(T) == 2) {
     if (fits_mma<T>(device, p)) {
+      check_pieces("dq", out.q);
+      check_pieces("dk", out.k);
       const auto states = ws.take<T>(2, mma_state_elements(p));
       T* d_states = states.data() + mma_state_elements(p);
       const T* inverses = inverses_of<T>(prepared);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include <gdn/concepts/gated_delta_rule.hpp>
+#include <gdn/concepts/operands.hpp>
 #include <gdn/cuda/detail/launch.cuh>
 #include <gdn/cuda/detail/vector.cuh>
 
@@ -148,11 +149,13 @@ __global__ void __launch_bounds__(step_threads, step_tile<S, R>::blocks)
 
 inline constexpr int step_columns = 64;  // of V, per block of the general kernel
 inline constexpr int step_rows = 32;     // of the state, in the registers of one of its threads
+inline constexpr int step_most_threads = 256 / step_rows * step_columns;  // keys have 256 elements at most
 
 /// The same for any strides: a thread holds step_rows rows of one column.
 template <class T, class S>
-__global__ void step_kernel(float scale, delta_rule_inputs<T, device_memory> in, tensor_ref<S, 4, device_memory> states,
-                            const std::int32_t* slots, tensor_ref<T, 3, device_memory> o) {
+__global__ void __launch_bounds__(step_most_threads)
+    step_kernel(float scale, delta_rule_inputs<T, device_memory> in, tensor_ref<S, 4, device_memory> states,
+                const std::int32_t* slots, tensor_ref<T, 3, device_memory> o) {
   extern __shared__ float shared[];  // k [K], q [K], partial sums [2, groups, columns]
   const index_t K = in.k.extent(2);
   const index_t V = in.v.extent(2);
@@ -213,10 +216,13 @@ __global__ void step_kernel(float scale, delta_rule_inputs<T, device_memory> in,
   }
 }
 
+/// @param slots [n] all different, each inside the pool, or -1 for a row without a sequence. They lie on the device and
+///              are not looked at here: a slot outside is memory of others, and one that stands twice is a race.
 template <class T, class S>
 void delta_rule_step(float scale, const delta_rule_inputs<T, device_memory>& in, tensor_ref<S, 4, device_memory> states,
                      tensor_ref<const std::int32_t, 1, device_memory> slots, tensor_ref<T, 3, device_memory> o,
                      stream_ref s) {
+  expects_delta_rule_step(in, states, slots, o);
   const index_t K = in.k.extent(2);
   const auto grid = [&](index_t columns) {
     return grid_of(slots.extent(0), in.v.extent(1), divide_up(in.v.extent(2), columns));
@@ -232,7 +238,8 @@ void delta_rule_step(float scale, const delta_rule_inputs<T, device_memory>& in,
     return run(step_tile_kernel<T, S, 32>);
   }
   const index_t groups = divide_up(K, step_rows);
-  expects<backend_error>(groups * step_columns <= 1024, "the decode step holds keys of up to 512 elements, not", K);
+  expects<backend_error>(groups * step_columns <= step_most_threads, "the decode step holds keys of up to 256 elements, not",
+                         K);
   launch("delta_rule_step", step_kernel<T, S>, grid(step_columns), static_cast<int>(groups * step_columns),
          static_cast<std::size_t>(2 * K + 2 * groups * step_columns) * sizeof(float), s, scale, in, states,
          slots.data(), o);

@@ -2,6 +2,7 @@
 #pragma once
 /// @file  Gates on the device: decay and write strength from two small projections.
 
+#include <gdn/concepts/operands.hpp>
 #include <gdn/core/workspace.hpp>
 #include <gdn/cuda/detail/activation.cuh>
 #include <gdn/cuda/detail/partial_sums.cuh>
@@ -89,6 +90,7 @@ __global__ void __launch_bounds__(32 * gate_warps)
 template <class T>
 void gates_forward(in_ref<T, 2> a, in_ref<T, 2> b, in_ref<float, 1> A_log, in_ref<float, 1> dt_bias,
                    tensor_ref<float, 2, device_memory> g, out_ref<T, 2> beta, stream_ref s) {
+  expects_gates_forward(a, b, A_log, dt_bias, g, beta);
   if (g.size() == 0) return;
   launch("gates_forward", gates_forward_kernel<T>, striding_grid(g.size(), 256), 256, 0, s, a, b, A_log.data(),
          dt_bias.data(), g, beta);
@@ -103,6 +105,7 @@ void gates_backward(in_ref<float, 2> dg, in_ref<float, 2> d_beta, in_ref<T, 2> a
                     in_ref<float, 1> A_log, in_ref<float, 1> dt_bias, out_ref<T, 2> da, other_ref<T, 2> db,
                     tensor_ref<float, 1, device_memory> dA_log, tensor_ref<float, 1, device_memory> d_dt_bias,
                     workspace<device_memory>& ws, stream_ref s) {
+  expects_gates_backward(dg, d_beta, a, b, A_log, dt_bias, da, db, dA_log, d_dt_bias);
   if (da.size() == 0) return;
   const scoped_mark scope(ws);
   const index_t heads = da.extent(1);

@@ -10,6 +10,7 @@
 
 #include <cublasLt.h>
 
+#include <gdn/concepts/operands.hpp>
 #include <gdn/core/storage.hpp>
 #include <gdn/core/workspace.hpp>
 #include <gdn/cuda/rows.cuh>
@@ -137,6 +138,7 @@ inline void multiply(cublasLtHandle_t handle, float_products how, const blas_mat
 template <class T>
 void linear_forward(cublasLtHandle_t handle, float_products how, in_ref<T, 2> x, in_ref<T, 2> w, out_ref<T, 2> y,
                     workspace<device_memory>& ws, stream_ref s) {
+  expects_linear_forward(x, w, y);
   if (y.size() == 0) return;
   multiply(handle, how, {w.data(), blas_type<T>(), w.extent(1), w.extent(0), w.stride(0), true},
            {x.data(), blas_type<T>(), x.extent(1), x.extent(0), x.stride(0), false}, y.data(), blas_type<T>(),
@@ -147,6 +149,7 @@ void linear_forward(cublasLtHandle_t handle, float_products how, in_ref<T, 2> x,
 template <class T>
 void linear_backward_input(cublasLtHandle_t handle, float_products how, in_ref<T, 2> dy, in_ref<T, 2> w,
                            out_ref<T, 2> dx, bool add, workspace<device_memory>& ws, stream_ref s) {
+  expects_linear_backward_input(dy, w, dx);
   if (dx.size() == 0) return;
   multiply(handle, how, {w.data(), blas_type<T>(), w.extent(1), w.extent(0), w.stride(0), false},
            {dy.data(), blas_type<T>(), dy.extent(1), dy.extent(0), dy.stride(0), false}, dx.data(), blas_type<T>(),
@@ -157,6 +160,7 @@ void linear_backward_input(cublasLtHandle_t handle, float_products how, in_ref<T
 template <class T>
 void linear_backward_weight(cublasLtHandle_t handle, float_products how, in_ref<T, 2> dy, in_ref<T, 2> x,
                             tensor_ref<float, 2, device_memory> dw, workspace<device_memory>& ws, stream_ref s) {
+  expects_linear_backward_weight(dy, x, dw);
   if (dw.size() == 0 || dy.extent(0) == 0) return;
   multiply(handle, how, {x.data(), blas_type<T>(), x.extent(1), x.extent(0), x.stride(0), false},
            {dy.data(), blas_type<T>(), dy.extent(1), dy.extent(0), dy.stride(0), true}, dw.data(), CUDA_R_32F,

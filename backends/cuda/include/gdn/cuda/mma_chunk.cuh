@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include <gdn/concepts/gated_delta_rule.hpp>
+#include <gdn/cuda/detail/launch.cuh>
 #include <gdn/cuda/detail/mma.cuh>
 
 namespace gdn {
@@ -16,6 +17,9 @@ namespace cuda::detail {
 inline constexpr int mma_chunk = 64;
 inline constexpr int mma_values = 64;
 constexpr int mma_key_width(index_t key_dim) { return key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256; }
+
+/// Blocks of columns of V, or of K where those of M are walked for.
+__host__ __device__ constexpr index_t mma_blocks(index_t columns) { return divide_up(columns, mma_values); }
 
 /// f with the compiled width of keys that holds key_dim, as a constant.
 template <class F>
@@ -30,8 +34,7 @@ auto with_key_width(index_t key_dim, F&& f) {
 /// Bytes in the kernels' 16-bit states: [chunks, Hv, V to a multiple of 64, Key].
 template <class T>
 index_t mma_state_elements(const delta_rule_problem<T, device_memory>& p) {
-  const index_t columns = (p.value_dim + mma_values - 1) / mma_values * mma_values;
-  return p.chunks * p.value_heads * columns * mma_key_width(p.key_dim);
+  return p.chunks * p.value_heads * mma_blocks(p.value_dim) * mma_values * mma_key_width(p.key_dim);
 }
 
 /// The chunk `index` of all chunks belongs to this segment.

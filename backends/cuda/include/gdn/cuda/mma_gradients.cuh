@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(gradients_mma_threads, 1)
   const int c = tokens_of_chunk(segment, index - segment.chunk_begin);
   const index_t token = segment.begin + (index - segment.chunk_begin) * mma_chunk;
   const auto ratio = static_cast<int>(p.value_heads / p.key_heads);
-  const auto blocks = static_cast<int>((p.value_dim + mma_values - 1) / mma_values);  // of columns of V
+  const auto blocks = static_cast<int>(mma_blocks(p.value_dim));  // of columns of V
   const index_t first_head = key_head * ratio;
 
   const int warp = static_cast<int>(threadIdx.x / 32);

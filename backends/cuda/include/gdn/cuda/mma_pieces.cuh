@@ -109,15 +109,15 @@ __global__ void __launch_bounds__(algebra_threads, 2)
     fold_pieces_kernel(delta_rule_problem<T, device_memory> p, segment_pieces pieces,
                        const_states_ref<T, device_memory> given, bool apply_given) {
   __shared__ algebra_block<Keys> block;
-  const index_t n = blockIdx.z;
-  const piece_chain<Back> chain{pieces, p.value_heads, p.key_dim, p.value_dim, blockIdx.y};
   const index_t K = p.key_dim, V = p.value_dim;
-  const index_t column = blockIdx.x * static_cast<index_t>(algebra_columns);
+  const auto [x, head, n] = flat_place(algebra_blocks(V), p.value_heads);
+  const piece_chain<Back> chain{pieces, p.value_heads, K, V, head};
+  const index_t column = x * algebra_columns;
   const int width = columns_from(V, column);
   const rule_segment segment = p.segments(n);
   const index_t count = pieces.of(segment);
   const auto unit = [&](index_t i) { return n * pieces.count + (Back ? count - 1 - i : i); };
-  const state_source start(given, Back ? segment.dht : segment.h0, blockIdx.y);
+  const state_source start(given, Back ? segment.dht : segment.h0, head);
   const bool apply_first = apply_given && !start.none();
 
   block.set(K, columns_of(apply_first ? start : state_source(chain.bias(unit(0)), V), column, width));
@@ -136,11 +136,11 @@ __global__ void __launch_bounds__(algebra_threads, 2)
                        const_states_ref<T, device_memory> given,
                        tensor_ref<const published_summary, 1, device_memory> table, float* summaries) {
   __shared__ algebra_block<Keys> block;
-  const published_summary entry = table(blockIdx.z);
   const index_t K = p.key_dim, V = p.value_dim;
-  const index_t head = blockIdx.y;
+  const auto [x, head, z] = flat_place(algebra_blocks(V) + (Back ? 0 : algebra_blocks(K)), p.value_heads);
+  const published_summary entry = table(z);
   const piece_chain<Back> chain{pieces, p.value_heads, K, V, head};
-  const auto [of_bias, columns, column] = summary_columns(blockIdx.x, algebra_columns, K, V);
+  const auto [of_bias, columns, column] = summary_columns(x, algebra_columns, K, V);
   if (!of_bias && entry.transition < 0) return;
   const int width = columns_from(columns, column);
   const index_t count = pieces.of(p.segments(entry.segment));

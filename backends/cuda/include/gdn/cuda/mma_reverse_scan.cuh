@@ -25,12 +25,13 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
   extern __shared__ __align__(1024) unsigned char tiles[];
   using stage_type = scan_stage<Key, true>;
 
-  const index_t column = blockIdx.x * static_cast<index_t>(mma_values);
-  const index_t head = blockIdx.y;
+  const flat_place block(mma_blocks(p.value_dim), p.value_heads);
+  const index_t column = block.x * mma_values;
+  const index_t head = block.y;
   const bool of_table = Summary && !pieces.cut();
   published_summary entry{};
-  if (of_table) entry = to.table(blockIdx.z);
-  const piece part = of_table ? piece(p.segments(entry.segment)) : piece(p.segments, pieces, blockIdx.z);
+  if (of_table) entry = to.table(block.z);
+  const piece part = of_table ? piece(p.segments(entry.segment)) : piece(p.segments, pieces, block.z);
   if (part.empty()) return;
   const rule_segment& segment = part.segment;
   const index_t state_size = p.key_dim * p.value_dim;
@@ -62,7 +63,8 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
   for (int i = part.end - 1; i >= part.begin; --i) {
     if constexpr (!Summary) {
       d_state.store(d_states +
-                    (((segment.chunk_begin + i) * p.value_heads + head) * gridDim.x * mma_values + column + v0) * Key);
+                    (((segment.chunk_begin + i) * p.value_heads + head) * mma_blocks(p.value_dim) * mma_values + column +
+                     v0) * Key);
     }
     wait_copies<0>();
     __syncthreads();  // chunk i is here, and chunk i + 1 is not read any more

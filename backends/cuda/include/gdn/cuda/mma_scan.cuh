@@ -178,9 +178,8 @@ __device__ void walk(const delta_rule_problem<T, device_memory>& p, const delta_
   load_chunk(part.begin);
   for (int i = part.begin; i < part.end; ++i) {
     if constexpr (Mode == scan::states) {
-      const index_t blocks = (p.value_dim + mma_values - 1) / mma_values;
-      state.store(states +
-                  (((segment.chunk_begin + i) * p.value_heads + head) * blocks * mma_values + column + v0) * Key);
+      const index_t values = mma_blocks(p.value_dim) * mma_values;
+      state.store(states + (((segment.chunk_begin + i) * p.value_heads + head) * values + column + v0) * Key);
       if (i + 1 == part.end) break;
     }
     wait_copies<0>();
@@ -305,10 +304,11 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
     scan_mma_kernel(delta_rule_problem<T, device_memory> p, delta_rule_inputs<T, device_memory> in,
                     gated_chunks<T> gated, segment_pieces pieces, scan_targets<T> to, T* states) {
   extern __shared__ __align__(1024) unsigned char tiles[];
-  const piece part(p.segments, pieces, blockIdx.z);
+  const flat_place block(mma_blocks(p.value_dim), p.value_heads);
+  const piece part(p.segments, pieces, block.z);
   if (part.empty()) return;
-  const index_t column = blockIdx.x * static_cast<index_t>(mma_values);
-  const index_t head = blockIdx.y;
+  const index_t column = block.x * mma_values;
+  const index_t head = block.y;
   const index_t own = column + 16 * static_cast<index_t>(threadIdx.x / 32);
   const state_source start =
       part.first() ? state_source(to.h0, part.segment.h0, head)
@@ -333,13 +333,14 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
     summary_mma_kernel(delta_rule_problem<T, device_memory> p, delta_rule_inputs<T, device_memory> in,
                        gated_chunks<T> gated, segment_pieces pieces, scan_targets<T> to, bool chained) {
   extern __shared__ __align__(1024) unsigned char tiles[];
-  const index_t head = blockIdx.y;
-  const auto [of_bias, columns, column] = summary_columns(blockIdx.x, mma_values, p.key_dim, p.value_dim);
+  const flat_place block(mma_blocks(p.value_dim) + mma_blocks(p.key_dim), p.value_heads);
+  const index_t head = block.y;
+  const auto [of_bias, columns, column] = summary_columns(block.x, mma_values, p.key_dim, p.value_dim);
   const index_t own = column + 16 * static_cast<index_t>(threadIdx.x / 32);
 
   published_summary entry{};
-  if (!pieces.cut()) entry = to.table(blockIdx.z);
-  const piece part = pieces.cut() ? piece(p.segments, pieces, blockIdx.z) : piece(p.segments(entry.segment));
+  if (!pieces.cut()) entry = to.table(block.z);
+  const piece part = pieces.cut() ? piece(p.segments, pieces, block.z) : piece(p.segments(entry.segment));
   float* target;
   state_source start;
   if (pieces.cut()) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include <gdn/concepts/operands.hpp>
 #include <gdn/core/workspace.hpp>
 #include <gdn/cuda/detail/activation.cuh>
 #include <gdn/cuda/detail/partial_sums.cuh>
@@ -222,6 +223,7 @@ __global__ void __launch_bounds__(norm_threads)
 template <class X, class T>
 void l2norm_forward(tensor_ref<const X, 3, device_memory> x, double eps, out_ref<T, 3> y,
                     tensor_ref<float, 2, device_memory> rstd, stream_ref s) {
+  expects_l2norm_forward(x, y, rstd);
   const auto run = [&]<int N, int Lanes>() {
     launch("l2norm_forward", l2norm_forward_kernel<X, T, N, Lanes>,
            grid_of(row_lanes<N, Lanes>::blocks(x.extent(0), x.extent(1))), norm_threads, 0, s, x,
@@ -232,6 +234,7 @@ void l2norm_forward(tensor_ref<const X, 3, device_memory> x, double eps, out_ref
 
 template <class T>
 void l2norm_backward(in_ref<T, 3> dy, in_ref<T, 3> y, in_ref<float, 2> rstd, out_ref<T, 3> dx, stream_ref s) {
+  expects_l2norm_backward(dy, y, rstd, dx);
   const auto run = [&]<int N, int Lanes>() {
     launch("l2norm_backward", l2norm_backward_kernel<T, N, Lanes>,
            grid_of(row_lanes<N, Lanes>::blocks(y.extent(0), y.extent(1))), norm_threads, 0, s, dy, y, rstd, dx);
@@ -242,6 +245,7 @@ void l2norm_backward(in_ref<T, 3> dy, in_ref<T, 3> y, in_ref<float, 2> rstd, out
 template <class T>
 void gated_norm_forward(in_ref<T, 3> o, in_ref<T, 3> z, in_ref<float, 1> w, double eps, out_ref<T, 3> y,
                         tensor_ref<float, 2, device_memory> rstd, stream_ref s) {
+  expects_gated_norm_forward(o, z, w, y, rstd);
   const auto run = [&]<int N, int Lanes>() {
     launch("gated_norm_forward", gated_norm_forward_kernel<T, N, Lanes>,
            grid_of(row_lanes<N, Lanes>::blocks(o.extent(0), o.extent(1))), norm_threads, 0, s, o, z, w.data(),
@@ -263,6 +267,7 @@ template <class T>
 void gated_norm_backward(in_ref<T, 3> dy, in_ref<T, 3> o, in_ref<T, 3> z, in_ref<float, 1> w, in_ref<float, 2> rstd,
                          out_ref<T, 3> d_o, other_ref<T, 3> dz, tensor_ref<float, 1, device_memory> dw,
                          workspace<device_memory>& ws, stream_ref s) {
+  expects_gated_norm_backward(dy, o, z, w, rstd, d_o, dz, dw);
   if (d_o.size() == 0) return;
   const scoped_mark scope(ws);
   const index_t D = o.extent(2);

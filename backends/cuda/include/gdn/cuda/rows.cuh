@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include <gdn/concepts/operands.hpp>
 #include <gdn/core/tensor.hpp>
 #include <gdn/cuda/detail/launch.cuh>
 #include <gdn/plan/tables.hpp>
@@ -112,15 +113,16 @@ __global__ void swap_axes_kernel(tensor_ref<const T, 3, device_memory> from, ten
   __shared__ T tile[32][33];
   const index_t a = from.extent(1);
   const index_t b = from.extent(2);
-  const index_t a0 = blockIdx.x * 32;
-  const index_t b0 = blockIdx.y * 32;
+  const flat_place block(divide_up(a, 32), divide_up(b, 32));
+  const index_t a0 = block.x * 32;
+  const index_t b0 = block.y * 32;
   const auto x = static_cast<index_t>(threadIdx.x % 32);
   for (index_t y = threadIdx.x / 32; y < 32; y += blockDim.x / 32) {
-    if (a0 + y < a && b0 + x < b) tile[y][x] = from(blockIdx.z, a0 + y, b0 + x);
+    if (a0 + y < a && b0 + x < b) tile[y][x] = from(block.z, a0 + y, b0 + x);
   }
   __syncthreads();
   for (index_t y = threadIdx.x / 32; y < 32; y += blockDim.x / 32) {
-    if (b0 + y < b && a0 + x < a) to(blockIdx.z, b0 + y, a0 + x) = tile[x][y];
+    if (b0 + y < b && a0 + x < a) to(block.z, b0 + y, a0 + x) = tile[x][y];
   }
 }
 
@@ -140,6 +142,7 @@ inline constexpr int row_threads = 256;
 
 template <class T>
 void copy_rows(in_ref<T, 2> src, out_ref<T, 2> dst, stream_ref s) {
+  expects_copy_rows(src, dst);
   if (dst.size() == 0) return;
   with_word<T>(src.data(), dst.data(), dst.extent(1), src.stride(0), dst.stride(0), [&]<class Word>() {
     constexpr auto n = static_cast<index_t>(sizeof(Word) / sizeof(T));
@@ -149,8 +152,14 @@ void copy_rows(in_ref<T, 2> src, out_ref<T, 2> dst, stream_ref s) {
   });
 }
 
+/// The rows that the runs name must exist; those that are written must not overlap.
 template <class T, bool Gather>
 void move_runs(in_ref<T, 2> src, tensor_ref<const run, 1, device_memory> runs, out_ref<T, 2> dst, stream_ref s) {
+  if constexpr (Gather) {
+    expects_moved_rows(runs, src, dst);
+  } else {
+    expects_moved_rows(runs, dst, src);
+  }
   if (runs.size() == 0 || dst.extent(1) == 0) return;
   const index_t packed = Gather ? dst.extent(0) : src.extent(0);
   with_word<T>(src.data(), dst.data(), dst.extent(1), src.stride(0), dst.stride(0), [&]<class Word>() {
@@ -166,8 +175,10 @@ void move_runs(in_ref<T, 2> src, tensor_ref<const run, 1, device_memory> runs, o
   });
 }
 
+/// The rows that the runs name must exist.
 template <class T>
 void scatter_add_rows(in_ref<T, 2> src, tensor_ref<const run, 1, device_memory> runs, out_ref<T, 2> dst, stream_ref s) {
+  expects_moved_rows(runs, dst, src);
   if (runs.size() == 0 || dst.extent(1) == 0) return;
   launch("scatter_add_rows", add_runs_kernel<T>, grid_of(divide_up(dst.extent(1), 128)), 128, 0, s, runs.data(),
          runs.size(), src.data(), src.stride(0), dst.data(), dst.stride(0), dst.extent(1));
@@ -175,6 +186,7 @@ void scatter_add_rows(in_ref<T, 2> src, tensor_ref<const run, 1, device_memory> 
 
 template <class T>
 void fill_zero(out_ref<T, 2> t, stream_ref s) {
+  expects_fill_zero(t);
   if (t.size() == 0) return;
   with_word<T>(t.data(), t.data(), t.extent(1), t.stride(0), t.stride(0), [&]<class Word>() {
     constexpr auto n = static_cast<index_t>(sizeof(Word) / sizeof(T));
@@ -185,9 +197,10 @@ void fill_zero(out_ref<T, 2> t, stream_ref s) {
 
 template <class T>
 void swap_axes(in_ref<T, 3> src, out_ref<T, 3> dst, stream_ref s) {
+  expects_swap_axes(src, dst);
   if (dst.size() == 0) return;
   launch("swap_axes", swap_axes_kernel<T>,
-         grid_of(divide_up(src.extent(1), 32), divide_up(src.extent(2), 32), src.extent(0)), 256, 0, s, src, dst);
+         flat_grid(divide_up(src.extent(1), 32), divide_up(src.extent(2), 32), src.extent(0)), 256, 0, s, src, dst);
 }
 
 }  // namespace cuda::detail

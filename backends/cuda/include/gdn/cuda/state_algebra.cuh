@@ -158,18 +158,18 @@ struct summary_columns {
     first = (block - (of_bias ? 0 : of_values)) * width;
   }
 };
-inline index_t algebra_blocks(index_t columns) {
+__host__ __device__ inline index_t algebra_blocks(index_t columns) {
   return divide_up(columns, algebra_columns);
 }
 
 /// A block composes some columns of E, or of M behind those.
 template <class A, int Keys>
 __global__ void __launch_bounds__(algebra_threads)
-    compose_kernel(index_t K, index_t V, const compose_item* items, A* buffer) {
+    compose_kernel(index_t heads, index_t K, index_t V, const compose_item* items, A* buffer) {
   __shared__ algebra_block<Keys> block;
-  const compose_item e = items[blockIdx.z];
-  const index_t h = blockIdx.y;
-  const auto [of_bias, columns, column] = summary_columns(blockIdx.x, algebra_columns, K, V);
+  const auto [x, h, z] = flat_place(algebra_blocks(V) + algebra_blocks(K), heads);
+  const compose_item e = items[z];
+  const auto [of_bias, columns, column] = summary_columns(x, algebra_columns, K, V);
   if (!of_bias && e.transition < 0) return;
   const int width = columns_from(columns, column);
   const auto at = [&](index_t place, index_t row) { return buffer + place + h * K * row; };
@@ -182,12 +182,12 @@ __global__ void __launch_bounds__(algebra_threads)
 /// A block folds some columns.
 template <class A, int Keys>
 __global__ void __launch_bounds__(algebra_threads)
-    fold_kernel(index_t K, index_t V, const fold_item* items, const fold_link* links, const A* summaries,
+    fold_kernel(index_t heads, index_t K, index_t V, const fold_item* items, const fold_link* links, const A* summaries,
                 tensor_ref<A, 4, device_memory> states) {
   __shared__ algebra_block<Keys> block;
-  const fold_item e = items[blockIdx.z];
-  const index_t h = blockIdx.y;
-  const index_t column = blockIdx.x * static_cast<index_t>(algebra_columns);
+  const auto [x, h, z] = flat_place(algebra_blocks(V), heads);
+  const fold_item e = items[z];
+  const index_t column = x * algebra_columns;
   const int n = columns_from(V, column);
   const auto bias = [&](index_t i) { return summaries + links[i].bias + h * K * V; };
   block.set(K, columns_of({bias(e.begin), V}, column, n));
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(algebra_threads)
 inline void compose(index_t heads, index_t K, index_t V, tensor_ref<const compose_item, 1, device_memory> items,
                     tensor_ref<float, 1, device_memory> summaries, stream_ref s) {
   launch("compose", K <= 128 ? compose_kernel<float, 128> : compose_kernel<float, 256>,
-         grid_of(algebra_blocks(V) + algebra_blocks(K), heads, items.extent(0)), algebra_threads, 0, s, K, V,
+         flat_grid(algebra_blocks(V) + algebra_blocks(K), heads, items.extent(0)), algebra_threads, 0, s, heads, K, V,
          items.data(), summaries.data());
 }
 
@@ -208,8 +208,8 @@ inline void fold(index_t heads, index_t K, index_t V, tensor_ref<const fold_item
                  tensor_ref<const fold_link, 1, device_memory> links, in_ref<float, 1> summaries,
                  tensor_ref<float, 4, device_memory> states, stream_ref s) {
   launch("fold", K <= 128 ? fold_kernel<float, 128> : fold_kernel<float, 256>,
-         grid_of(algebra_blocks(V), heads, items.extent(0)), algebra_threads, 0, s, K, V, items.data(), links.data(),
-         summaries.data(), states);
+         flat_grid(algebra_blocks(V), heads, items.extent(0)), algebra_threads, 0, s, heads, K, V, items.data(),
+         links.data(), summaries.data(), states);
 }
 
 }  // namespace cuda::detail

@@ -4,8 +4,8 @@
 
 #include <concepts>
 #include <cstdint>
-#include <string_view>
 
+#include <gdn/concepts/operands.hpp>
 #include <gdn/core/tensor.hpp>
 #include <gdn/cuda/detail/launch.cuh>
 #include <gdn/cuda/detail/vector.cuh>
@@ -94,12 +94,10 @@ __global__ void __launch_bounds__(state_threads)
   }
 }
 
+/// Whether it is the pool's K that has unit stride, rather than V.
 template <class T>
-bool keys_unit(const tensor_ref<T, 4, device_memory>& pool, std::string_view name) {
-  const auto unit = [&](int axis) { return pool.stride(axis) == 1 || pool.extent(axis) <= 1; };
-  expects<shape_error>(unit(2) || unit(3), name, "must have stride 1 in one of its last two axes, has", pool.stride(2),
-                       "and", pool.stride(3));
-  return !unit(3);
+bool keys_unit(const tensor_ref<T, 4, device_memory>& pool) {
+  return pool.stride(3) != 1 && pool.extent(3) > 1;
 }
 
 template <bool Load, class From, class To>
@@ -116,22 +114,20 @@ void move_states(tensor_ref<const From, 4, device_memory> from, tensor_ref<To, 4
          grid_of(slots.extent(0), to.extent(1), tiles), state_threads, 0, s, from, to, slots.data(), keys_unit);
 }
 
+/// @param slots [n] each inside the pool or -1; they lie on the device and are not looked at here
 template <class S, class A>
 void load_states(tensor_ref<const S, 4, device_memory> pool, tensor_ref<const std::int32_t, 1, device_memory> slots,
                  tensor_ref<A, 4, device_memory> out, stream_ref s) {
-  expects_shape(out, "the states", {slots.extent(0), pool.extent(1), pool.extent(2), pool.extent(3)});
-  expects<shape_error>(is_contiguous(out), "the states must be row-major without gaps");
-  move_states<true>(pool, out, slots, keys_unit(pool, "the pool"), s);
+  expects_moved_states(pool, slots, out);
+  move_states<true>(pool, out, slots, keys_unit(pool), s);
 }
 
+/// @param slots [n] as in load_states(), and none twice
 template <class A, class S>
 void store_states(tensor_ref<const A, 4, device_memory> in, tensor_ref<const std::int32_t, 1, device_memory> slots,
                   tensor_ref<S, 4, device_memory> pool, stream_ref s) {
-  if (in.data() != nullptr) {
-    expects_shape(in, "the states", {slots.extent(0), pool.extent(1), pool.extent(2), pool.extent(3)});
-    expects<shape_error>(is_contiguous(in), "the states must be row-major without gaps");
-  }
-  move_states<false>(in, pool, slots, keys_unit(pool, "the pool"), s);
+  expects_moved_states(pool, slots, in, in.data() == nullptr);
+  move_states<false>(in, pool, slots, keys_unit(pool), s);
 }
 
 }  // namespace cuda::detail

@@ -65,7 +65,7 @@ class backend {
   template <class T>
   void upload(std::span<const std::type_identity_t<T>> host, tensor_ref<T, 1> table, host_stream) const {
     static_assert(std::is_trivially_copyable_v<T>);
-    detail::expects_rows(table, "the table", {static_cast<index_t>(host.size())});
+    expects_rows(table, "the table", {static_cast<index_t>(host.size())});
     if (!host.empty()) std::memcpy(table.data(), host.data(), host.size_bytes());
   }
 

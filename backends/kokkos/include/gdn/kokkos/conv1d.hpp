@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include <gdn/concepts/backend.hpp>
+#include <gdn/concepts/operands.hpp>
 #include <gdn/core/tensor.hpp>
 #include <gdn/core/types.hpp>
 #include <gdn/kokkos/detail/activation.hpp>
@@ -21,7 +22,6 @@ inline constexpr index_t conv_table = 2048;
 
 /// Wide windows take fewer channels at once, so that tables fit; the bits of a channel stay the same.
 inline index_t conv_channels_for(index_t width) {
-  expects<shape_error>(width >= 1, "the convolution must have a width of 1 or more, has", width);
   expects<backend_error>(width <= conv_table, "the convolution has a width of", width, "and this backend goes up to",
                          conv_table);
   return std::min(conv_channels, conv_table / width);
@@ -108,10 +108,8 @@ void causal_conv1d_forward(const Exec& exec, tensor_ref<const conv_segment, 1> s
   using A = accumulate_t<T>;
   constexpr index_t row_block = 64;
   const index_t length = x.extent(0), dim = w.extent(0), width = w.extent(1);
+  expects_causal_conv1d_forward(segments, x, halo, w, y);
   const index_t channel_block = conv_channels_for(width);
-  expects_rows(x, "x", {length, dim});
-  expects_rows(halo, "halo", {halo.extent(0), halo.extent(0) == 0 ? halo.extent(1) : dim});
-  expects_rows(y, "y", {length, dim});
   expects_segments(segments, length, halo.extent(0), width);
 
   const index_t channel_blocks = blocks_of(dim, channel_block);
@@ -143,13 +141,8 @@ void causal_conv1d_backward(const Exec& exec, tensor_ref<const conv_segment, 1> 
                             tensor_ref<T, 2> dx, tensor_ref<T, 2> dhalo, out_ref<accumulate_t<T>, 2> dw) {
   using A = accumulate_t<T>;
   const index_t length = x.extent(0), dim = w.extent(0), width = w.extent(1);
+  expects_causal_conv1d_backward(segments, x, halo, w, dy, dx, dhalo, dw);
   const index_t channel_block = conv_channels_for(width);
-  expects_rows(x, "x", {length, dim});
-  expects_rows(halo, "halo", {halo.extent(0), halo.extent(0) == 0 ? halo.extent(1) : dim});
-  expects_rows(dy, "dy", {length, dim});
-  expects_rows(dx, "dx", {length, dim});
-  expects_rows(dhalo, "dhalo", {halo.extent(0), halo.extent(1)});
-  expects_shape(dw, "dw", {dim, width});
   expects_segments(segments, length, halo.extent(0), width);
 
   for_each_item(exec, blocks_of(dim, channel_block), [=](index_t item) {
@@ -214,11 +207,7 @@ void causal_conv1d_step(const Exec& exec, tensor_ref<const X, 2> x, tensor_ref<T
                         tensor_ref<Y, 2> y) {
   using A = accumulate_t<T>;
   const index_t sequences = x.extent(0), dim = w.extent(0), width = w.extent(1);
-  expects<shape_error>(width >= 1, "the convolution must have a width of 1 or more, has", width);
-  expects_rows(x, "x", {sequences, dim});
-  expects_shape(states, "states", {states.extent(0), dim, width});
-  expects_shape(slots, "slots", {sequences});
-  expects_rows(y, "y", {sequences, dim});
+  expects_causal_conv1d_step(x, states, slots, w, y);
   for (index_t i = 0; i < sequences; ++i) {
     expects<shape_error>(slots(i) >= -1 && slots(i) < states.extent(0), "slot", slots(i), "of sequence", i,
                          "must lie in -1 to", states.extent(0) - 1);

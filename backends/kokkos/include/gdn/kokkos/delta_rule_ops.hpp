@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include <gdn/concepts/gated_delta_rule.hpp>
+#include <gdn/concepts/operands.hpp>
 #include <gdn/kokkos/delta_rule.hpp>
 #include <gdn/kokkos/delta_rule_chunked.hpp>
 #include <gdn/kokkos/detail/eigen_map.hpp>
@@ -30,15 +31,9 @@ using vector_ref = tensor_ref<A, 1, host_memory>;
 
 template <class T>
 void check_problem(problem_ref<T> p, rule_inputs_ref<T> in) {
-  expects<shape_error>(p.key_heads >= 1 && p.value_heads % p.key_heads == 0, "value heads", p.value_heads,
-                       "must be a multiple of key heads", p.key_heads);
+  expects_rule_inputs(in, p.tokens, p.key_heads, p.value_heads, p.key_dim, p.value_dim);
   expects<backend_error>(1 <= p.chunk && p.chunk <= max_chunk, "the chunk length must lie in 1 to", max_chunk,
                          ", is", p.chunk);
-  expects_rows(in.q, "q", {p.tokens, p.key_heads, p.key_dim});
-  expects_rows(in.k, "k", {p.tokens, p.key_heads, p.key_dim});
-  expects_rows(in.v, "v", {p.tokens, p.value_heads, p.value_dim});
-  expects_shape(in.g, "g", {p.tokens, p.value_heads});
-  expects_shape(in.beta, "beta", {p.tokens, p.value_heads});
 }
 
 /// Each worker's scratch; the elements that any call may need.
@@ -192,13 +187,12 @@ void delta_rule_step(const Exec& exec, accumulate_t<T> scale, rule_inputs_ref<T>
                      tensor_ref<T, 3, host_memory> o) {
   using A = accumulate_t<T>;
   constexpr index_t block = 64;
+  expects_delta_rule_step(in, states, slots, o);
   const index_t Hv = in.v.extent(1);
   const index_t V = in.v.extent(2);
   const index_t K = in.k.extent(2);
   const index_t ratio = Hv / in.k.extent(1);
   const index_t blocks = (V + block - 1) / block;
-  expects_shape(states, "states", {states.extent(0), Hv, K, V});
-  expects_pool(states, "states");
   expects_slots(slots, states.extent(0));
   for_each_item(exec, slots.extent(0) * Hv * blocks, [=](index_t at) {
     const index_t row = at / blocks / Hv;

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include <gdn/concepts/operands.hpp>
 #include <gdn/core/tensor.hpp>
 #include <gdn/core/types.hpp>
 #include <gdn/kokkos/detail/activation.hpp>
@@ -26,12 +27,7 @@ void gates_forward(const Exec& exec, in_ref<X, 2> a, in_ref<X, 2> b, in_ref<accu
   using A = accumulate_t<T>;
   constexpr index_t row_block = 64, head_block = 64;
   const index_t length = a.extent(0), heads = a.extent(1);
-  expects_unit_stride(a, "a");
-  expects_rows(b, "b", {length, heads});
-  expects_rows(a_log, "A_log", {heads});
-  expects_rows(dt_bias, "dt_bias", {heads});
-  expects_rows(g, "g", {length, heads});
-  expects_rows(beta, "beta", {length, heads});
+  expects_gates_forward(a, b, a_log, dt_bias, g, beta);
 
   const index_t head_blocks = blocks_of(heads, head_block);
   for_each_item(exec, blocks_of(length, row_block) * head_blocks, [=](index_t item) {
@@ -59,16 +55,7 @@ void gates_backward(const Exec& exec, in_ref<accumulate_t<T>, 2> dg, in_ref<accu
   using A = accumulate_t<T>;
   constexpr index_t head_block = 32;
   const index_t length = a.extent(0), heads = a.extent(1);
-  expects_rows(dg, "dg", {length, heads});
-  expects_rows(dbeta, "dbeta", {length, heads});
-  expects_unit_stride(a, "a");
-  expects_rows(b, "b", {length, heads});
-  expects_rows(a_log, "A_log", {heads});
-  expects_rows(dt_bias, "dt_bias", {heads});
-  expects_rows(da, "da", {length, heads});
-  expects_rows(db, "db", {length, heads});
-  expects_rows(d_a_log, "dA_log", {heads});
-  expects_rows(d_dt_bias, "d_dt_bias", {heads});
+  expects_gates_backward(dg, dbeta, a, b, a_log, dt_bias, da, db, d_a_log, d_dt_bias);
 
   row_group_sums<2 * head_block> sums;  // of each group of rows: dA_log | d_dt_bias
   for (index_t h0 = 0; h0 < heads; h0 += head_block) {

@@ -8,6 +8,7 @@
 
 #include <Eigen/Core>
 
+#include <gdn/concepts/operands.hpp>
 #include <gdn/core/tensor.hpp>
 #include <gdn/core/types.hpp>
 #include <gdn/kokkos/detail/eigen_map.hpp>
@@ -114,9 +115,7 @@ void product_of_rows(const Exec& exec, index_t length, index_t columns, index_t 
 template <class X, class W, class Y, class Exec>
 void linear_forward(const Exec& exec, tensor_ref<const X, 2> x, tensor_ref<const W, 2> w, tensor_ref<Y, 2> y) {
   const index_t length = x.extent(0), in = x.extent(1), out = w.extent(0);
-  expects_unit_stride(x, "x");
-  expects_rows(w, "w", {out, in});
-  expects_rows(y, "y", {length, out});
+  expects_linear_forward(x, w, y);
   product_of_rows<Eigen::ColMajor>(exec, length, out, in, x.data(), x.stride(0), w.data(), w.stride(0), false, y.data(),
                                    y.stride(0));
 }
@@ -125,9 +124,7 @@ template <class DY, class W, class DX, class Exec>
 void linear_backward_input(const Exec& exec, tensor_ref<const DY, 2> dy, tensor_ref<const W, 2> w, tensor_ref<DX, 2> dx,
                            bool add) {
   const index_t length = dy.extent(0), out = dy.extent(1), in = w.extent(1);
-  expects_unit_stride(dy, "dy");
-  expects_rows(w, "w", {out, in});
-  expects_rows(dx, "dx", {length, in});
+  expects_linear_backward_input(dy, w, dx);
   product_of_rows<Eigen::RowMajor>(exec, length, in, out, dy.data(), dy.stride(0), w.data(), w.stride(0), add,
                                    dx.data(), dx.stride(0));
 }
@@ -141,9 +138,7 @@ void linear_backward_weight(const Exec& exec, tensor_ref<const DY, 2> dy, tensor
   constexpr int block_rows = 256;
   constexpr int step = 64;  // rows that are copied next to each other; they lie pages apart
   const index_t length = dy.extent(0), out = dy.extent(1), in = x.extent(1);
-  expects_unit_stride(dy, "dy");
-  expects_rows(x, "x", {length, in});
-  expects_rows(dw, "dw", {out, in});
+  expects_linear_backward_weight(dy, x, dw);
 
   const index_t in_tiles = blocks_of(in, blocks::columns);
   for_each_item(exec, in_tiles * blocks_of(out, blocks::rows), [=](index_t item) {

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include <gdn/concepts/operands.hpp>
 #include <gdn/core/tensor.hpp>
 #include <gdn/core/types.hpp>
 #include <gdn/kokkos/detail/activation.hpp>
@@ -34,9 +35,7 @@ void l2norm_forward(const Exec& exec, tensor_ref<const X, 3> x, double eps, tens
                     out_ref<accumulate_t<T>, 2> rstd) {
   using A = accumulate_t<T>;
   const index_t length = x.extent(0), heads = x.extent(1), dim = x.extent(2), vectors = length * heads;
-  expects_unit_stride(x, "x");
-  expects_rows(y, "y", {length, heads, dim});
-  expects_rows(rstd, "rstd", {length, heads});
+  expects_l2norm_forward(x, y, rstd);
   for_each_item(exec, blocks_of(vectors, vectors_per_item), [=](index_t item) {
     const range own = block_at(item, vectors_per_item, vectors);
     for (index_t n = own.begin; n < own.end(); ++n) {
@@ -55,10 +54,7 @@ void l2norm_backward(const Exec& exec, in_ref<T, 3> dy, in_ref<T, 3> y, in_ref<a
                      tensor_ref<T, 3> dx) {
   using A = accumulate_t<T>;
   const index_t length = y.extent(0), heads = y.extent(1), dim = y.extent(2), vectors = length * heads;
-  expects_rows(dy, "dy", {length, heads, dim});
-  expects_unit_stride(y, "y");
-  expects_rows(rstd, "rstd", {length, heads});
-  expects_rows(dx, "dx", {length, heads, dim});
+  expects_l2norm_backward(dy, y, rstd, dx);
   for_each_item(exec, blocks_of(vectors, vectors_per_item), [=](index_t item) {
     const range own = block_at(item, vectors_per_item, vectors);
     for (index_t n = own.begin; n < own.end(); ++n) {
@@ -80,11 +76,7 @@ void gated_norm_forward(const Exec& exec, in_ref<X, 3> o, in_ref<X, 3> z, in_ref
                         tensor_ref<T, 3> y, out_ref<accumulate_t<T>, 2> rstd) {
   using A = accumulate_t<T>;
   const index_t length = o.extent(0), heads = o.extent(1), dim = o.extent(2), vectors = length * heads;
-  expects_unit_stride(o, "o");
-  expects_rows(z, "z", {length, heads, dim});
-  expects_rows(w, "w", {dim});
-  expects_rows(y, "y", {length, heads, dim});
-  expects_rows(rstd, "rstd", {length, heads});
+  expects_gated_norm_forward(o, z, w, y, rstd);
   for_each_item(exec, blocks_of(vectors, vectors_per_item), [=](index_t item) {
     const range own = block_at(item, vectors_per_item, vectors);
     const A* ws = w.data();
@@ -111,14 +103,7 @@ void gated_norm_backward(const Exec& exec, in_ref<T, 3> dy, in_ref<T, 3> o, in_r
   constexpr index_t panel = 128;   // columns of dw that are summed at once
   constexpr index_t cached = 512;  // sigmoids that are kept; longer vectors compute them again
   const index_t length = o.extent(0), heads = o.extent(1), dim = o.extent(2), vectors = length * heads;
-  expects_rows(dy, "dy", {length, heads, dim});
-  expects_unit_stride(o, "o");
-  expects_rows(z, "z", {length, heads, dim});
-  expects_rows(w, "w", {dim});
-  expects_rows(rstd, "rstd", {length, heads});
-  expects_rows(d_o, "d_o", {length, heads, dim});
-  expects_rows(dz, "dz", {length, heads, dim});
-  expects_rows(dw, "dw", {dim});
+  expects_gated_norm_backward(dy, o, z, w, rstd, d_o, dz, dw);
 
   row_group_sums<panel> sums;
   for (index_t c0 = 0; c0 < dim; c0 += panel) {

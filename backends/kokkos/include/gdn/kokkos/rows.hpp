@@ -8,6 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include <gdn/concepts/operands.hpp>
 #include <gdn/core/tensor.hpp>
 #include <gdn/core/types.hpp>
 #include <gdn/kokkos/detail/parallel.hpp>
@@ -57,13 +58,10 @@ inline index_t longest_run(const tensor_ref<const run, 1>& runs) noexcept {
   return n;
 }
 
-/// The runs of both sides must lie inside the tensors.
+/// Also, the runs of both sides must lie inside the tensors.
 template <class T, class U>
 void expects_runs(const tensor_ref<const run, 1>& runs, const tensor_ref<T, 2>& local, const tensor_ref<U, 2>& packed) {
-  expects<shape_error>(local.extent(1) == packed.extent(1), "rows have", local.extent(1),
-                       "elements on one side and on the other", packed.extent(1));
-  expects_unit_stride(local, "rows");
-  expects_unit_stride(packed, "packed rows");
+  expects_moved_rows(runs, local, packed);
   for (index_t i = 0; i < runs.extent(0); ++i) {
     const run& r = runs(i);
     expects<shape_error>(r.local >= 0 && r.count >= 0 && r.local + r.count <= local.extent(0), "run", i, "of", r.count,
@@ -78,8 +76,7 @@ template <class S, class T, class Exec>
 void copy_rows(const Exec& exec, tensor_ref<const S, 2> src, tensor_ref<T, 2> dst) {
   static_assert(std::is_trivially_copyable_v<T>);
   const index_t rows = dst.extent(0), width = dst.extent(1);
-  expects_rows(src, "src", {rows, width});
-  expects_unit_stride(dst, "dst");
+  expects_copy_rows(src, dst);
   const index_t pieces = pieces_for(rows, width);
   for_each_item(exec, pieces, [=](index_t item) {
     const range r = piece_at(item, pieces, rows);
@@ -147,7 +144,7 @@ void scatter_add_rows(const Exec& exec, in_ref<T, 2> src, tensor_ref<const run, 
 template <class T, class Exec>
 void fill_zero(const Exec& exec, tensor_ref<T, 2> t) {
   const index_t rows = t.extent(0), width = t.extent(1), pieces = pieces_for(rows, width);
-  expects_unit_stride(t, "the tensor");
+  expects_fill_zero(t);
   for_each_item(exec, pieces, [=](index_t item) {
     const range r = piece_at(item, pieces, rows);
     if (t.stride(0) == width) {
@@ -164,8 +161,7 @@ void swap_axes(const Exec& exec, tensor_ref<const S, 3> src, tensor_ref<T, 3> ds
   static_assert(std::is_trivially_copyable_v<T>);
   constexpr index_t tile = 32;  // both sides of a tile stay in the first cache
   const index_t n = src.extent(0), a = src.extent(1), b = src.extent(2);
-  expects_rows(dst, "dst", {n, b, a});
-  expects_unit_stride(src, "src");
+  expects_swap_axes(src, dst);
   const index_t a_tiles = blocks_of(a, tile);
   for_each_item(exec, n * a_tiles, [=](index_t item) {
     const index_t m = item / a_tiles;

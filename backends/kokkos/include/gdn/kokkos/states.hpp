@@ -7,9 +7,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <string_view>
 #include <type_traits>
 
+#include <gdn/concepts/operands.hpp>
 #include <gdn/core/tensor.hpp>
 #include <gdn/core/types.hpp>
 #include <gdn/kokkos/detail/parallel.hpp>
@@ -52,13 +52,6 @@ void move_matrix(strided_matrix<const From> from, strided_matrix<To> to, index_t
   }
 }
 
-template <class T>
-void expects_pool(const tensor_ref<T, 4>& pool, std::string_view name) {
-  const auto unit = [&](int axis) { return pool.stride(axis) == 1 || pool.extent(axis) <= 1; };
-  expects<shape_error>(unit(2) || unit(3), name, "must have stride 1 in one of its last two axes, has", pool.stride(2),
-                       "and", pool.stride(3));
-}
-
 inline void expects_slots(const tensor_ref<const std::int32_t, 1>& slots, index_t count) {
   for (index_t i = 0; i < slots.extent(0); ++i) {
     expects<shape_error>(slots(i) >= -1 && slots(i) < count, "slot", slots(i), "of sequence", i, "must lie in -1 to",
@@ -70,10 +63,7 @@ template <class S, class A, class Exec>
 void load_states(const Exec& exec, tensor_ref<const S, 4> pool, tensor_ref<const std::int32_t, 1> slots,
                  tensor_ref<A, 4> out) {
   const index_t H = out.extent(1), K = out.extent(2), V = out.extent(3);
-  expects_shape(out, "the states", {slots.extent(0), H, K, V});
-  expects<shape_error>(is_contiguous(out), "the states must be row-major without gaps");
-  expects_shape(pool, "the pool", {pool.extent(0), H, K, V});
-  expects_pool(pool, "the pool");
+  expects_moved_states(pool, slots, out);
   expects_slots(slots, pool.extent(0));
   for_each_item(exec, slots.extent(0) * H, [=](index_t item) {
     const index_t i = item / H, h = item % H;
@@ -92,11 +82,7 @@ void store_states(const Exec& exec, tensor_ref<const A, 4> in, tensor_ref<const 
                   tensor_ref<S, 4> pool) {
   const index_t H = pool.extent(1), K = pool.extent(2), V = pool.extent(3);
   const bool zeros = in.data() == nullptr;
-  if (!zeros) {
-    expects_shape(in, "the states", {slots.extent(0), H, K, V});
-    expects<shape_error>(is_contiguous(in), "the states must be row-major without gaps");
-  }
-  expects_pool(pool, "the pool");
+  expects_moved_states(pool, slots, in, zeros);
   expects_slots(slots, pool.extent(0));
   for_each_item(exec, slots.extent(0) * H, [=](index_t item) {
     const index_t i = item / H, h = item % H;

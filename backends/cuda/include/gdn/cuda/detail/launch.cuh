@@ -15,7 +15,7 @@ namespace gdn {
 inline namespace v0 {
 namespace cuda::detail {
 
-constexpr index_t divide_up(index_t n, index_t by) noexcept { return (n + by - 1) / by; }
+__host__ __device__ constexpr index_t divide_up(index_t n, index_t by) noexcept { return (n + by - 1) / by; }
 
 /// Enqueues a kernel; nothing if the grid is empty. @throws backend_error that names the kernel
 template <class... Parameters, class... Arguments>
@@ -36,6 +36,24 @@ void launch(std::string_view name, void (*kernel)(Parameters...), dim3 grid, int
 inline dim3 grid_of(index_t x, index_t y = 1, index_t z = 1) {
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
 }
+
+/// x by y by z blocks in one dimension, x fastest: CUDA's others end at 65,535, and documents do not.
+inline dim3 flat_grid(index_t x, index_t y, index_t z) {
+  const index_t blocks = x * y * z;
+  expects<backend_error>(blocks < index_t{1} << 31, "a grid has at most 2^31 - 1 blocks, is asked for", blocks);
+  return grid_of(blocks);
+}
+/// Where this block is in such a grid.
+struct flat_place {
+  index_t x, y, z;
+
+  __device__ flat_place(index_t nx, index_t ny) {
+    const auto row = blockIdx.x / static_cast<unsigned>(nx);
+    x = blockIdx.x % static_cast<unsigned>(nx);
+    y = row % static_cast<unsigned>(ny);
+    z = row / static_cast<unsigned>(ny);
+  }
+};
 
 /// Threads that stride over n elements: enough blocks to fill any GPU, never more than needed.
 inline dim3 striding_grid(index_t n, int threads) {

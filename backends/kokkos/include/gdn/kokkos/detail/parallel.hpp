@@ -4,11 +4,9 @@
 
 #include <algorithm>
 #include <concepts>
-#include <string_view>
 
 #include <Kokkos_Core.hpp>
 
-#include <gdn/core/error.hpp>
 #include <gdn/core/tensor.hpp>
 #include <gdn/core/types.hpp>
 
@@ -62,20 +60,6 @@ void for_each_item(const Exec& exec, index_t items, const Body& body) {
   // Items are large and of unequal size, so threads fetch them one by one. Names this short need no memory.
   Kokkos::parallel_for("gdn", policy(exec, 0, items, Kokkos::ChunkSize(1)), body);
   exec.fence("gdn");
-}
-
-/// Every operation reads and writes its last axis as an array.
-template <class T, int R>
-void expects_unit_stride(const tensor_ref<T, R>& t, std::string_view name) {
-  expects<shape_error>(t.stride(R - 1) == 1 || t.extent(R - 1) <= 1, "the last axis of", name,
-                       "must have stride 1, has", t.stride(R - 1));
-}
-
-/// Extents, data and unit stride at once.
-template <class T, int R>
-void expects_rows(const tensor_ref<T, R>& t, std::string_view name, const std::array<index_t, R>& extents) {
-  expects_shape(t, name, extents);
-  expects_unit_stride(t, name);
 }
 
 }  // namespace kokkos::detail
