@@ -19,18 +19,9 @@ using gdn::bfloat16;
 using gdn::index_t;
 using gdn_bench::device;
 using gdn_bench::fill;
+using gdn_bench::setup;
 using space = gdn::workspace<device>;
 using rows = gdn::tensor_ref<bfloat16, 2, device>;
-
-struct bench {
-  gdn::cuda::backend be;
-  gdn::cuda::stream s;
-  gdn_bench::stopwatch watch{s};
-};
-bench& setup() {
-  static bench b;
-  return b;
-}
 
 gdn::layer_dims dims_of(const gdn_bench::geometry& sizes) {
   return {.hidden = sizes.hidden, .key_heads = 16, .value_heads = sizes.value_heads, .key_dim = 128, .value_dim = 128};

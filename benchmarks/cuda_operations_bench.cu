@@ -17,6 +17,7 @@ using gdn::tensor_ref;
 using gdn_bench::device;
 using gdn_bench::fill;
 using gdn_bench::report;
+using gdn_bench::setup;
 using space = gdn::workspace<device>;
 template <class T>
 using matrix = tensor_ref<T, 2, device>;
@@ -25,21 +26,11 @@ using heads = tensor_ref<T, 3, device>;
 
 constexpr index_t head_dim = 128, key_heads = 16, width = 4;
 
-struct bench {
-  gdn::cuda::backend be;
-  gdn::cuda::stream s;
-  gdn_bench::stopwatch watch{s};
-};
-bench& setup() {
-  static bench b;
-  return b;
-}
-
 double bytes_of(index_t elements, std::size_t size) {
   return static_cast<double>(elements) * static_cast<double>(size);
 }
 
-gdn::memory_requirement scratch(const bench& b, index_t tokens, index_t channels, index_t value_heads) {
+gdn::memory_requirement scratch(const gdn_bench::bench& b, index_t tokens, index_t channels, index_t value_heads) {
   return b.be.scratch(
       {.tokens = tokens, .channels = channels, .conv_width = width, .heads = value_heads, .head_dim = head_dim});
 }

@@ -17,6 +17,7 @@ namespace {
 
 using gdn::index_t;
 using gdn_bench::device;
+using gdn_bench::setup;
 using problem = gdn_test::rule_problem_on_device<gdn::bfloat16>;
 using shape = gdn_test::rule_shape;
 
@@ -83,15 +84,9 @@ class summaries {
   gdn_bench::memory memory_;
 };
 
-struct bench {
-  gdn::cuda::backend be;
-  gdn::cuda::stream s;
-  gdn_bench::stopwatch watch{s};
-  problems made{be, s};
-};
-bench& setup() {
-  static bench b;
-  return b;
+problems& made() {
+  static problems p(setup().be, setup().s);
+  return p;
 }
 
 std::string label(const char* what, const shape& sizes, const std::string& name) {
@@ -104,8 +99,8 @@ std::string label(const char* what, const shape& sizes, const std::string& name)
 int main(int argc, char** argv) {
   const auto add = [](const std::string& name, const shape& sizes, auto call) {  // call(problem)() is what is timed
     gdn_bench::add(name, [=](benchmark::State& state) {
-      auto& [be, s, watch, made] = setup();
-      const problem& p = made.of(sizes);
+      auto& [be, s, watch] = setup();
+      const problem& p = made().of(sizes);
       const auto work = call(p);
       gdn_bench::report(state, watch, s, 0, 0, work);
       state.counters["tokens/s"] =

@@ -148,6 +148,17 @@ class stopwatch {
   double copy_bandwidth_ = 0;
 };
 
+/// What all benchmarks of a program share.
+struct bench {
+  gdn::cuda::backend be;
+  gdn::cuda::stream s;
+  stopwatch watch{s};
+};
+inline bench& setup() {
+  static bench b;
+  return b;
+}
+
 /// Memory for one benchmark: a call to carve(workspace) lays it out, twice, first to measure.
 class memory {
  public:

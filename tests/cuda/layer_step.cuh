@@ -16,6 +16,8 @@
 #include <gdn/cuda/self.hpp>
 #include <gdn/layer/requirements.hpp>
 
+#include <support/explicit_layout.hpp>
+
 namespace gdn_test {
 
 using gdn::index_t;
@@ -57,10 +59,6 @@ struct step_shape {
   int rank = 0;
   gdn::keep_policy keep = gdn::keep_policy::everything;
 };
-
-inline gdn::explicit_layout explicit_of(const gdn::sequence_layout auto& layout) {
-  return {layout.fragments(), layout.size(), layout.world_size()};
-}
 
 /// Two documents on the only rank, in order.
 inline step_shape step_alone() {
@@ -154,24 +152,10 @@ class layer_step {
   /// Enqueues the step and nothing else.
   void operator()(gdn::cuda::stream_ref s) {
     if (mirror_.size() == 1) {
-      (*this)(self_, s);
+      enqueue(self_, s);
     } else {
-      (*this)(mirror_, s);
+      enqueue(mirror_, s);
     }
-  }
-  /// Likewise, amid ranks that are there.
-  template <class Comm>
-  void operator()(Comm& comm, gdn::cuda::stream_ref s) {
-    gradients_.for_each([&](std::string_view, const auto& g) { be_.template fill_zero<A>(as_rows(g), s); });
-    auto tape_ws = tape_block_.workspace();
-    auto tape = gdn::make_tape<T>(be_, dims_, plan_, keep_, tape_ws);
-    auto ws = scratch_.workspace();
-    const gdn::gated_delta_net<T, memory> layer{dims_, weights_};
-    gdn::state_gradients<T, memory> d_states;
-    d_states.final_ = arriving_.recurrent;
-    d_states.final_conv = arriving_.conv;
-    gdn::forward(be_, comm, layer, plan_, x_, y_, states_, tape, ws, s);
-    gdn::backward(be_, comm, layer, plan_, dy_, dx_, d_states, gradients_, tape, ws, s);
   }
   /// Enqueues the step, then waits.
   std::vector<float> run() {
@@ -194,6 +178,19 @@ class layer_step {
   const gdn::cuda::stream& stream() const { return s_; }
 
  private:
+  template <class Comm>
+  void enqueue(Comm& comm, gdn::cuda::stream_ref s) {
+    gradients_.for_each([&](std::string_view, const auto& g) { be_.template fill_zero<A>(as_rows(g), s); });
+    auto tape_ws = tape_block_.workspace();
+    auto tape = gdn::make_tape<T>(be_, dims_, plan_, keep_, tape_ws);
+    auto ws = scratch_.workspace();
+    const gdn::gated_delta_net<T, memory> layer{dims_, weights_};
+    gdn::state_gradients<T, memory> d_states;
+    d_states.final_ = arriving_.recurrent;
+    d_states.final_conv = arriving_.conv;
+    gdn::forward(be_, comm, layer, plan_, x_, y_, states_, tape, ws, s);
+    gdn::backward(be_, comm, layer, plan_, dy_, dx_, d_states, gradients_, tape, ws, s);
+  }
   void carve(gdn::workspace<memory>& ws) {
     weights_ = gdn::parameter_storage<T, memory>::carve(ws, dims_);
     gradients_ = gdn::layer_gradients<T, memory>::carve(ws, dims_);

@@ -18,6 +18,13 @@ namespace {
 struct rule_errors {
   double o = 3.1e-3, ht = 2.5e-3, dq = 3.5e-3, dk = 5.2e-3, dv = 3.3e-3, dg = 3.5e-3, dbeta = 3.6e-3, dh0 = 1.7e-3;
 };
+struct named_error {
+  const char* name;
+  double rule_errors::* error;
+};
+constexpr named_error tensors[] = {{"o", &rule_errors::o},   {"ht", &rule_errors::ht}, {"dq", &rule_errors::dq},
+                                   {"dk", &rule_errors::dk}, {"dv", &rule_errors::dv}, {"dg", &rule_errors::dg},
+                                   {"dbeta", &rule_errors::dbeta}, {"dh0", &rule_errors::dh0}};
 constexpr double last_digit = 0.05e-3;  // half a unit, by which these figures are rounded
 
 template <class T>
@@ -49,7 +56,7 @@ void check(double share, double absolute, index_t K = 128, index_t V = 128) {
   const rule_errors fla;
   std::array<rule_errors, inputs> ours;
   for (std::size_t i = 0; i < ours.size(); ++i) ours[i] = errors_of<T>(i, K, V);
-  const auto at_most = [&](const char* name, double rule_errors::* error) {
+  for (const auto& [name, error] : tensors) {
     double sum = 0, least = 1, most = 0;
     for (const rule_errors& e : ours) {
       sum += e.*error / inputs;
@@ -58,15 +65,7 @@ void check(double share, double absolute, index_t K = 128, index_t V = 128) {
     }
     std::printf("  %-6s %.2e  (%.2e to %.2e)\n", name, sum, least, most);
     EXPECT_LE(sum, share * (fla.*error + last_digit) + absolute) << name;
-  };
-  at_most("o", &rule_errors::o);
-  at_most("ht", &rule_errors::ht);
-  at_most("dq", &rule_errors::dq);
-  at_most("dk", &rule_errors::dk);
-  at_most("dv", &rule_errors::dv);
-  at_most("dg", &rule_errors::dg);
-  at_most("dbeta", &rule_errors::dbeta);
-  at_most("dh0", &rule_errors::dh0);
+  }
 }
 
 TEST(CudaRuleAccuracy, Bfloat16IsNoWorseThanFlashLinearAttention) {
@@ -111,20 +110,12 @@ TEST(CudaRuleAccuracy, HostileInputsAreNoWorseForFloat16AndFloat) {
     const auto wide = hostile_errors<gdn::bfloat16>(kind);
     const auto narrow = hostile_errors<gdn::float16>(kind);
     const auto exact = hostile_errors<float>(kind);
-    const auto compare = [&](const char* name, double rule_errors::* error) {
-      std::printf("  %-6s bfloat16 %.2e, float16 %.2e, float %.2e  %s\n", name, wide.*error, narrow.*error, exact.*error,
-                  kind.name);
+    for (const auto& [name, error] : tensors) {
+      std::printf("  %-6s bfloat16 %.2e, float16 %.2e, float %.2e  %s\n", name, wide.*error, narrow.*error,
+                  exact.*error, kind.name);
       EXPECT_LE(narrow.*error, wide.*error / 3) << name;
       EXPECT_LE(exact.*error, 1e-5) << name;
-    };
-    compare("o", &rule_errors::o);
-    compare("ht", &rule_errors::ht);
-    compare("dq", &rule_errors::dq);
-    compare("dk", &rule_errors::dk);
-    compare("dv", &rule_errors::dv);
-    compare("dg", &rule_errors::dg);
-    compare("dbeta", &rule_errors::dbeta);
-    compare("dh0", &rule_errors::dh0);
+    }
   }
 }
 TEST(CudaRuleAccuracy, FloatIsIeee) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include <gdn/plan/cp_plan.hpp>
+#include <support/explicit_layout.hpp>
 #include <support/random.hpp>
 
 namespace gdn_test {
@@ -42,10 +43,6 @@ struct random_layout {
   std::string name;
   gdn::explicit_layout layout;
 };
-
-inline gdn::explicit_layout explicit_of(const gdn::sequence_layout auto& layout) {
-  return {layout.fragments(), layout.size(), layout.world_size()};
-}
 
 /// Random ranges of random ranks in random order.
 inline gdn::explicit_layout random_ranges(random_source& random, index_t rows, int world) {

@@ -207,8 +207,8 @@ void run_reverse_scan_mma(problem_ref<T> p, rule_inputs_ref<T> in, const gated_c
   const index_t units = Summary && !pieces.cut() ? to.table.extent(0) : p.segments.extent(0) * pieces.count;
   with_key_width(p.key_dim, [&](auto key) {
     launch("delta_rule_reverse_scan", reverse_scan_mma_kernel<T, key(), Summary>,
-           flat_grid(mma_blocks(p.value_dim), p.value_heads, units), scan_mma_threads, scan_shared<key(), true>::bytes, s,
-           p, in, gated, pieces, to, d_v, d_states, chained);
+           flat_grid(mma_blocks(p.value_dim), p.value_heads, units), scan_mma_threads, scan_shared<key(), true>::bytes,
+           s, p, in, gated, pieces, to, d_v, d_states, chained);
   });
 }
 

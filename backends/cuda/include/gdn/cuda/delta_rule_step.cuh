@@ -238,8 +238,8 @@ void delta_rule_step(float scale, const delta_rule_inputs<T, device_memory>& in,
     return run(step_tile_kernel<T, S, 32>);
   }
   const index_t groups = divide_up(K, step_rows);
-  expects<backend_error>(groups * step_columns <= step_most_threads, "the decode step holds keys of up to 256 elements, not",
-                         K);
+  expects<backend_error>(groups * step_columns <= step_most_threads,
+                         "the decode step holds keys of up to 256 elements, not", K);
   launch("delta_rule_step", step_kernel<T, S>, grid(step_columns), static_cast<int>(groups * step_columns),
          static_cast<std::size_t>(2 * K + 2 * groups * step_columns) * sizeof(float), s, scale, in, states,
          slots.data(), o);

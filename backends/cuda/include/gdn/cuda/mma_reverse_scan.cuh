@@ -62,9 +62,8 @@ __global__ void __launch_bounds__(scan_mma_threads, 2)
   load_chunk(part.end - 1);
   for (int i = part.end - 1; i >= part.begin; --i) {
     if constexpr (!Summary) {
-      d_state.store(d_states +
-                    (((segment.chunk_begin + i) * p.value_heads + head) * mma_blocks(p.value_dim) * mma_values + column +
-                     v0) * Key);
+      const index_t values = mma_blocks(p.value_dim) * mma_values;
+      d_state.store(d_states + (((segment.chunk_begin + i) * p.value_heads + head) * values + column + v0) * Key);
     }
     wait_copies<0>();
     __syncthreads();  // chunk i is here, and chunk i + 1 is not read any more
